@@ -1,0 +1,62 @@
+"""The errors Shoal raises on purpose, each with the exit code its command ends with.
+
+An error says what is wrong (`cause`), where (`where`: a file, key or host) and what to do (`fix`).
+Commands print exactly that and exit; anything else that escapes is a bug and exits 1.
+"""
+
+from __future__ import annotations
+
+
+class ShoalError(Exception):
+    """Base of every deliberate error; `exit_code` is what the process returns."""
+
+    exit_code = 1
+
+    def __init__(self, cause: str, *, where: object = None, fix: str | None = None) -> None:
+        self.cause = cause
+        self.where = None if where is None else str(where)
+        self.fix = fix
+        super().__init__(cause)
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        remedy = f"\n  fix: {self.fix}" if self.fix else ""
+        return f"{place}{self.cause}{remedy}"
+
+    def __reduce__(self) -> tuple:
+        """Keep the keyword fields when an error crosses a process border."""
+        return _rebuild, (type(self), self.cause, self.where, self.fix)
+
+
+def _rebuild(kind: type[ShoalError], cause: str, where: str | None, fix: str | None) -> ShoalError:
+    return kind(cause, where=where, fix=fix)
+
+
+class ConfigError(ShoalError):
+    """Usage or configuration: found before anything starts."""
+
+    exit_code = 2
+
+
+class DataError(ShoalError):
+    """Corpus, shards, tokenizer, checkpoint or export that is missing, broken or altered."""
+
+    exit_code = 3
+
+
+class PreflightError(ShoalError):
+    """The machine or a host cannot run this: library absent, port taken, disk too small."""
+
+    exit_code = 4
+
+
+class StoppedOnRequest(ShoalError):
+    """A signal asked the run to stop; a checkpoint is saved, start it again to go on."""
+
+    exit_code = 5
+
+
+class RetriesExhausted(ShoalError):
+    """Every allowed attempt failed."""
+
+    exit_code = 6

@@ -1,0 +1,243 @@
+"""Everything a YAML file may say about a run: frozen, strict, with units in the names.
+
+One class a section. Unknown keys are refused (`load.py` names the nearest known one). Checks here
+need only the values themselves; whatever needs files or devices is checked where those are opened.
+Corpora are in `corpus.py`, studies in `study.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, no unknown keys, defaults checked like given values."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class MoEConfig(Section):
+    """Mixture-of-experts feed-forward, in every layer, dropless."""
+
+    num_experts: Count
+    active_experts: Count = Field(2, description="experts a token is sent to (top-k)")
+    hidden: Count | None = Field(None, description="hidden width of one expert")
+    normalize_gates: bool = Field(True, description="gates of the chosen experts sum to one")
+    balance_weight: float = Field(0.01, ge=0, description="weight of the load-balance loss")
+    z_weight: float = Field(0.001, ge=0, description="weight of the router z-loss")
+
+    @model_validator(mode="after")
+    def _active_fits(self) -> MoEConfig:
+        if self.active_experts > self.num_experts:
+            raise ValueError(
+                f"active_experts {self.active_experts} is more than num_experts {self.num_experts}"
+            )
+        return self
+
+
+class ModelConfig(Section):
+    """Shape of a GPT-2 or Llama family model; any shape accepted here can be exported."""
+
+    family: Literal["gpt2", "llama"] = "llama"
+    vocab_size: Count | None = Field(None, description="None: the tokenizer's, rounded up")
+    vocab_multiple: Count = Field(64, description="vocab_size is rounded up to a multiple of this")
+    context: Count = Field(1024, description="longest row in tokens")
+    num_layers: Count = 12
+    width: Count = 768
+    num_heads: Count = 12
+    num_kv_heads: Count | None = Field(None, description="None: as many as num_heads")
+    head_dim: Count | None = Field(None, description="None: width / num_heads")
+    hidden: Count | None = Field(
+        None, description="feed-forward width; None: 4 x width (gpt2), 8/3 x width (llama)"
+    )
+    qk_norm: bool = Field(False, description="RMSNorm on queries and keys (exports as Qwen3)")
+    tie_embeddings: bool = True
+    dropout: Share = 0.0
+    rope_theta: float = Field(10_000.0, gt=0)
+    norm_eps: float = Field(1e-5, gt=0)
+    init_std: float = Field(0.02, gt=0)
+    moe: MoEConfig | None = None
+
+    @model_validator(mode="after")
+    def _exportable(self) -> ModelConfig:
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}"
+            )
+        if self.head_dim is None and self.width % self.num_heads:
+            raise ValueError(
+                f"width {self.width} is not a multiple of num_heads {self.num_heads}; set head_dim"
+            )
+        if self.family == "gpt2":
+            self._check_gpt2()
+        elif self.head_size % 2:
+            raise ValueError(f"head_dim {self.head_size} is odd; rotary positions need pairs")
+        if self.moe and not self.qk_norm and not self.moe.normalize_gates:
+            raise ValueError(
+                "moe.normalize_gates=false needs qk_norm=true: Mixtral always normalises its "
+                "gates, Qwen3-MoE need not"
+            )
+        return self
+
+    def _check_gpt2(self) -> None:
+        """GPT2LMHeadModel holds square attention, full heads, learned positions, dense layers."""
+        if self.moe:
+            raise ValueError("family gpt2 has no exportable mixture of experts; use family llama")
+        if self.qk_norm:
+            raise ValueError("family gpt2 cannot hold qk_norm; use family llama")
+        if self.kv_heads != self.num_heads or self.head_size * self.num_heads != self.width:
+            raise ValueError(
+                "family gpt2 needs num_kv_heads = num_heads and head_dim x heads = width"
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.head_dim or self.width // self.num_heads
+
+    @property
+    def feed_forward(self) -> int:
+        """Hidden width of the dense feed-forward, or of one expert."""
+        given = self.moe.hidden if self.moe else self.hidden
+        if given:
+            return given
+        if self.hidden:
+            return self.hidden
+        return 4 * self.width if self.family == "gpt2" else -(-8 * self.width // (3 * 64)) * 64
+
+    @property
+    def export_class(self) -> str:
+        """The `transformers` class that holds this model without custom code."""
+        if self.family == "gpt2":
+            return "GPT2LMHeadModel"
+        if self.moe:
+            return "Qwen3MoeForCausalLM" if self.qk_norm else "MixtralForCausalLM"
+        return "Qwen3ForCausalLM" if self.qk_norm else "LlamaForCausalLM"
+
+
+class KernelConfig(Section):
+    """Which implementation computes what; only `auto` may choose, and the choice is recorded."""
+
+    attention: Literal["auto", "reference", "sdpa"] = "auto"
+    experts: Literal["auto", "loop", "grouped_mm"] = "auto"
+    loss_chunk_tokens: Count = Field(2048, description="tokens whose logits exist at one time")
+
+
+class Stream(Section):
+    """Shards and their share of the training tokens."""
+
+    path: str = Field(description="folder of shards (one split) written by shoal prepare")
+    weight: float = Field(1.0, gt=0)
+
+
+class DataConfig(Section):
+    """What a run reads."""
+
+    train: tuple[Stream, ...] = Field(min_length=1)
+    validation: str | None = Field(None, description="folder of shards (one split)")
+    document_mask: bool = Field(True, description="tokens see only their own document")
+
+
+class TeacherConfig(Section):
+    """Distillation: match a frozen teacher's distribution (Hinton et al. 2015, section 2)."""
+
+    path: str = Field(description="folder of a Shoal export or Hugging Face checkpoint")
+    temperature: float = Field(1.0, gt=0)
+    weight: Share = Field(0.5, description="share of the teacher's term in the loss")
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule, a pure function of the step."""
+
+    lr: float = Field(3e-4, gt=0, description="peak learning rate")
+    min_lr_share: Share = Field(0.1, description="last rate as a share of the peak")
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    warmup_share: Share = Field(0.02, description="share of the steps spent warming up")
+    decay_share: Share = Field(0.2, description="share of the steps in the final decay (wsd)")
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    clip_norm: float = Field(1.0, ge=0, description="0: no clipping")
+
+
+class TrainConfig(Section):
+    """How long, in what portions, at which precision and sharding."""
+
+    tokens: Count = Field(description="training tokens, rounded up to whole steps")
+    batch_rows: Count = Field(32, description="rows in one optimiser step, over all ranks")
+    micro_batch_rows: Count = Field(8, description="rows in one forward pass of one rank")
+    precision: Literal["fp32", "bf16"] = "bf16"
+    zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
+    activation_checkpointing: bool = False
+    compile: bool = Field(False, description="torch.compile every block")
+
+    @model_validator(mode="after")
+    def _stage_fits(self) -> TrainConfig:
+        if self.zero_stage == 0 and self.precision == "bf16":
+            raise ValueError(
+                "zero_stage 0 with bf16 is refused: DeepSpeed takes a phantom optimiser step at "
+                "start-up there; use zero_stage 1 (what auto chooses) or precision fp32"
+            )
+        return self
+
+
+class CheckpointConfig(Section):
+    """When state is saved, and how much of it is kept."""
+
+    every_steps: Count = 200
+    keep: Count = Field(2, description="newest checkpoints kept")
+
+
+class ValidationConfig(Section):
+    """Loss and bits per byte on the validation shards during training."""
+
+    every_steps: Count = 100
+    max_rows: Count = Field(512, description="rows scored, taken evenly over the split")
+
+
+class WorldConfig(Section):
+    """Processes on this machine when no hostfile or launcher says how many."""
+
+    ranks: Literal["auto"] | Count = Field(
+        "auto", description="auto: one a GPU, or 2 CPU ranks where there is none"
+    )
+    threads: Literal["auto"] | Count = Field("auto", description="CPU threads of one rank")
+    timeout_seconds: Count = Field(600, description="longest wait in one collective")
+
+
+class RunConfig(Section):
+    """One training: model, data, objective, optimiser, sharding. Resumable by its name."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    output: str = Field("runs", description="the run's folder is output/name")
+    seed: int = Field(0, ge=0, lt=2**31)
+    prepare: str | None = Field(None, description="corpus config prepared first if absent")
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    teacher: TeacherConfig | None = None
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig
+    kernels: KernelConfig = KernelConfig()
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    world: WorldConfig = WorldConfig()
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens in one optimiser step."""
+        return self.train.batch_rows * self.model.context
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return -(-self.train.tokens // self.step_tokens)

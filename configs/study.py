@@ -1,0 +1,111 @@
+"""A study: arms that meet one inference budget, trained alike, compared on the same tasks."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from shoal.configs.schema import Count, Section, Share, WorldConfig
+
+Axis = Literal[
+    "active_flops_per_token", "resident_bytes", "kv_bytes_per_token", "latency_ms",
+    "tokens_per_second",
+]  # fmt: skip
+SOLVED_AXES = ("active_flops_per_token", "resident_bytes", "kv_bytes_per_token")
+
+
+class BudgetConfig(Section):
+    """One limit on inference: an axis, its target, and the conditions it is meant at."""
+
+    axis: Axis
+    target: float = Field(gt=0, description="FLOPs, bytes, ms or tokens/s, as the axis says")
+    tolerance: Share = Field(0.03, description="largest deviation that still counts as met")
+    precision: Literal["fp32", "bf16", "int8", "int4"] = "bf16"
+    context: Count = Field(1024, description="tokens in context when one more is computed")
+    batch: Count = 1
+
+
+class TasksConfig(Section):
+    """What every arm is scored on."""
+
+    perplexity: dict[str, str] = Field(
+        default_factory=dict, description="name -> JSONL of documents: perplexity, bits per byte"
+    )
+    brainbench: tuple[str, ...] = Field((), description="JSONL files of BrainBench cases")
+    multiple_choice: dict[str, str] = Field(
+        default_factory=dict, description="name -> JSONL with question, choices, answer"
+    )
+    max_items: Count | None = Field(None, description="first items of every task only")
+    context: Count | None = Field(None, description="scoring window; None: the model's own")
+
+
+class TuningConfig(Section):
+    """The learning-rate search that every arm gets, on equal terms; its cost is booked."""
+
+    lrs: tuple[float, ...] = Field(min_length=1)
+    tokens: Count = Field(description="training tokens of one trial")
+    seed: int = 1000
+
+
+class MatchConfig(Section):
+    """Free dimensions that the budget solver may set, starting from the arm's model."""
+
+    budget: str = Field(description="name of the budget this arm is built to")
+    widths: tuple[int, ...] = Field((), description="widths to try; none: the model's own")
+    hidden_multiple: Count = Field(8, description="step of the feed-forward width")
+
+
+class ArmConfig(Section):
+    """One contestant: overrides of the study's `run`, ending in one export a seed."""
+
+    kind: Literal["dense", "moe", "distilled"] = "dense"
+    match: MatchConfig | None = None
+    run: dict[str, Any] = Field(default_factory=dict, description="overrides of the study's run")
+    teacher: str | None = Field(None, description="name of a support run of this study")
+    teacher_weight: Share = 0.5
+    teacher_temperature: float = Field(1.0, gt=0)
+
+
+class StudyConfig(Section):
+    """Arms + budgets + tasks -> report."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    output: str = Field("reports", description="report folder is output/name")
+    runs: str = Field("runs", description="run folders are runs/name/stage")
+    prepare: str = Field(description="corpus config, relative to this file")
+    run: dict[str, Any] = Field(description="what every run of the study has in common")
+    budgets: dict[str, BudgetConfig] = Field(min_length=1)
+    support: dict[str, ArmConfig] = Field(
+        default_factory=dict, description="runs that others need (teachers); not contestants"
+    )
+    arms: dict[str, ArmConfig] = Field(min_length=1)
+    equal_on: Literal["tokens", "flops", "device_seconds"] = Field(
+        "tokens", description="what makes training fair"
+    )
+    seeds: tuple[int, ...] = Field((0, 1), min_length=1)
+    tuning: TuningConfig | None = None
+    tasks: TasksConfig = TasksConfig()
+    primary_task: str = Field(description="the task whose metric names the winner")
+    world: WorldConfig = WorldConfig()
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> StudyConfig:
+        for group in (self.arms, self.support):
+            for name, arm in group.items():
+                if arm.match and arm.match.budget not in self.budgets:
+                    raise ValueError(
+                        f"arm {name}: no budget named {arm.match.budget!r}; "
+                        f"there are {', '.join(self.budgets)}"
+                    )
+                if arm.match and self.budgets[arm.match.budget].axis not in SOLVED_AXES:
+                    raise ValueError(
+                        f"arm {name}: shapes are solved for {', '.join(SOLVED_AXES)}; axis "
+                        f"{self.budgets[arm.match.budget].axis} can only be measured"
+                    )
+                if arm.teacher and arm.teacher not in self.support:
+                    raise ValueError(
+                        f"arm {name}: no support run named {arm.teacher!r}; "
+                        f"there are {', '.join(self.support) or 'none'}"
+                    )
+        return self

@@ -1,0 +1,1 @@
+"""Comparison of finished models: measured cost, tasks, statistics and the report."""

@@ -1,0 +1,1 @@
+"""Tasks that score a candidate."""

@@ -1,0 +1,1 @@
+"""Commands, hosts and processes: the only room that knows all the others."""
