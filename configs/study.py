@@ -80,9 +80,7 @@ class StudyConfig(Section):
         default_factory=dict, description="runs that others need (teachers); not contestants"
     )
     arms: dict[str, ArmConfig] = Field(min_length=1)
-    equal_on: Literal["tokens", "flops", "device_seconds"] = Field(
-        "tokens", description="what makes training fair"
-    )
+    equal_on: Literal["tokens", "flops"] = Field("tokens", description="what makes training fair")
     seeds: tuple[int, ...] = Field((0, 1), min_length=1)
     tuning: TuningConfig | None = None
     tasks: TasksConfig = TasksConfig()

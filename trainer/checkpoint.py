@@ -1,0 +1,262 @@
+"""Checkpoints without code and without topology: safetensors, an index, and a manifest of hashes.
+
+A checkpoint is a folder `step-00000100` with one safetensors file a rank and `manifest.json`,
+which lists for every file its size and SHA-256, and for every (parameter, state) the slices it is
+stored in as (file, key, offset, length): any number of ranks and any ZeRO stage can read it.
+Written aside, verified by size, synced, renamed: a folder with this name is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from shoal.configs.errors import DataError
+from shoal.trainer.engine import STATES, Engine
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+
+
+class StoredFile(BaseModel):
+    """One file of a checkpoint."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bytes: int
+    sha256: str
+
+
+class Slice(BaseModel):
+    """A run of elements of one flattened tensor."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: str
+    key: str
+    offset: int
+    length: int
+
+
+class StoredTensor(BaseModel):
+    """Where one (parameter, state) is."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shape: tuple[int, ...]
+    slices: tuple[Slice, ...]
+
+
+class Manifest(BaseModel):
+    """What a checkpoint holds; its own integrity is `digest` over all the rest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int
+    step: int
+    position: dict[str, Any]
+    run: dict[str, Any]
+    files: dict[str, StoredFile]
+    tensors: dict[str, dict[str, StoredTensor]]
+    digest: str = ""
+
+    def compute_digest(self) -> str:
+        """Return the SHA-256 of everything but the digest."""
+        tree = self.model_dump(mode="json", exclude={"digest"})
+        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the folder name of a step."""
+    return f"step-{step:08d}"
+
+
+def save_checkpoint(
+    engine: Engine, root: Path, *, step: int, position: dict[str, Any], run: dict[str, Any]
+) -> Path:
+    """Write the engine's whole state; collective. Returns the published folder.
+
+    Rank i mod n keeps and writes parameter i. `position` is where the data stands, `run` the
+    resolved config. Nothing is published before every rank's file is on disk.
+    """
+    from safetensors.torch import save_file
+
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    final, aside = root / checkpoint_name(step), root / f".partial-{checkpoint_name(step)}"
+    if rank == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    dist.barrier()
+    file = f"rank-{rank:05d}.safetensors"
+    kept: dict[str, Tensor] = {}
+    index: dict[str, dict[str, StoredTensor]] = {}
+    for number, (name, state, value) in enumerate(engine.read_state()):
+        if (number // len(STATES)) % ranks == rank:
+            key = f"{state}/{name}"
+            kept[key] = value.detach().to("cpu", torch.float32, copy=True).contiguous()
+            piece = Slice(file=file, key=key, offset=0, length=value.numel())
+            entry = StoredTensor(shape=tuple(value.shape), slices=(piece,))
+            index.setdefault(name, {})[state] = entry
+    save_file(kept, aside / file)
+    sync(aside / file)
+    facts = {file: StoredFile(bytes=(aside / file).stat().st_size, sha256=digest(aside / file))}
+    gathered: list[Any] = [None] * ranks
+    dist.all_gather_object(gathered, (facts, index))
+    if rank == 0:
+        _publish(aside, final, gathered, step=step, position=position, run=run)
+    dist.barrier()
+    return final
+
+
+def _publish(
+    aside: Path, final: Path, gathered: list, *, step: int, position: dict, run: dict
+) -> None:
+    manifest = Manifest(
+        schema_version=SCHEMA,
+        step=step,
+        position=position,
+        run=run,
+        files={name: fact for facts, _ in gathered for name, fact in facts.items()},
+        tensors={name: states for _, index in gathered for name, states in index.items()},
+    )
+    manifest = manifest.model_copy(update={"digest": manifest.compute_digest()})
+    (aside / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+    sync(aside / MANIFEST)
+    sync(aside)
+    shutil.rmtree(final, ignore_errors=True)
+    aside.rename(final)
+    sync(final.parent)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check a manifest.
+
+    Raises:
+        DataError: not a checkpoint of ours, of another schema, or altered.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError("not a Shoal checkpoint: no manifest.json", where=folder) from None
+    except (ValidationError, UnicodeDecodeError) as error:
+        first = str(error).splitlines()[0]
+        raise DataError(f"not a Shoal checkpoint manifest: {first}", where=path) from None
+    if manifest.schema_version != SCHEMA:
+        raise DataError(f"schema {manifest.schema_version}, this is schema {SCHEMA}", where=path)
+    if manifest.digest != manifest.compute_digest():
+        raise DataError("the manifest was altered: its digest does not match", where=path)
+    return manifest
+
+
+def verify_checkpoint(folder: Path) -> Manifest:
+    """Check every file's size and hash; return the manifest.
+
+    Raises:
+        DataError: naming the file that is missing, truncated or altered.
+    """
+    manifest = read_manifest(folder)
+    for name, fact in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise DataError("checkpoint file is missing", where=path)
+        if path.stat().st_size != fact.bytes:
+            raise DataError(f"{path.stat().st_size} bytes, expected {fact.bytes}", where=path)
+        if digest(path) != fact.sha256:
+            raise DataError("content was altered: SHA-256 does not match", where=path)
+    return manifest
+
+
+def newest_checkpoint(root: Path, warn: Any = None) -> tuple[Path, Manifest] | None:
+    """Return the newest checkpoint that verifies, or None where there is none at all.
+
+    A damaged one is passed over with a warning; if all are damaged that is an error, since
+    starting from scratch would silently lose the run.
+    """
+    found = sorted(root.glob("step-[0-9]*"), reverse=True)
+    problems = []
+    for folder in found:
+        try:
+            return folder, verify_checkpoint(folder)
+        except DataError as error:
+            problems.append(str(error))
+            if warn:
+                warn(f"checkpoint passed over: {error}")
+    if problems:
+        raise DataError(
+            "no checkpoint of this run is whole: " + "; ".join(problems),
+            where=root,
+            fix="restore a checkpoint, or start again under another name=",
+        )
+    return None
+
+
+def load_checkpoint(engine: Engine, folder: Path, manifest: Manifest) -> None:
+    """Put a verified checkpoint into the engine; collective, any ranks and stage."""
+    names = set(engine.parameter_names)
+    if names != set(manifest.tensors):
+        odd = sorted(names ^ set(manifest.tensors))
+        raise DataError(
+            f"holds other parameters than the model: {', '.join(odd[:5])}", where=folder
+        )
+    reader = TensorReader(folder, manifest)
+    for name in engine.parameter_names:
+        for state in STATES:
+            engine.write_state(name, state, reader.read(name, state))
+    engine.finish_writing(manifest.step)
+
+
+class TensorReader:
+    """Reassembles full tensors from the slices of a checkpoint."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._open: dict[str, Any] = {}
+
+    def read(self, name: str, state: str = "weight") -> Tensor:
+        """Return one full fp32 tensor on the CPU."""
+        from safetensors import safe_open
+
+        stored = self.manifest.tensors[name][state]
+        flat = torch.empty(torch.Size(stored.shape).numel(), dtype=torch.float32)
+        for piece in stored.slices:
+            if piece.file not in self._open:
+                self._open[piece.file] = safe_open(self.folder / piece.file, framework="pt")
+            part = self._open[piece.file].get_tensor(piece.key).flatten()
+            flat[piece.offset : piece.offset + piece.length] = part
+        return flat.reshape(stored.shape)
+
+
+def remove_old(root: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, and what killed savers left aside."""
+    for folder in sorted(root.glob("step-[0-9]*"))[:-keep]:
+        # Renamed first: a kill in the middle must not leave a broken folder under a good name.
+        doomed = root / f".partial-old-{folder.name}"
+        folder.rename(doomed)
+    for leftover in root.glob(".partial-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Force a file or folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

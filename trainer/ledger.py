@@ -1,0 +1,85 @@
+"""The ledger: an append-only record of what every segment of work cost, and its totals.
+
+One JSON line a segment. `scope` says who pays: `generic` work is done once for all domains,
+`specialization` once for each domain.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from shoal.configs.errors import DataError
+
+Scope = Literal["generic", "specialization"]
+
+
+class LedgerEntry(BaseModel):
+    """Cost of one segment: wall seconds, and device-seconds over all devices."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["prepare", "tune", "train", "export", "evaluate"]
+    stage: str
+    scope: Scope = "specialization"
+    started: str
+    seconds: float
+    devices: int = 1
+    device: str = "cpu"
+    tokens: int = 0
+    flops: float = 0.0
+    note: str = ""
+
+    @property
+    def device_seconds(self) -> float:
+        """Seconds times devices."""
+        return self.seconds * self.devices
+
+
+def now() -> str:
+    """Return the present time in UTC as ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def append_entry(path: Path, entry: LedgerEntry) -> None:
+    """Append one line; a single write, so that a kill leaves whole lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(entry.model_dump() | {"device_seconds": entry.device_seconds})
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def read_ledger(path: Path) -> list[LedgerEntry]:
+    """Read all entries; a last line torn by a kill is dropped, any other bad line is an error."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    entries = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            tree = json.loads(line)
+            tree.pop("device_seconds", None)
+            entries.append(LedgerEntry.model_validate(tree))
+        except (json.JSONDecodeError, ValidationError, AttributeError) as error:
+            if number == len(lines):
+                break
+            raise DataError(f"line {number} is not a ledger entry: {error}", where=path) from None
+    return entries
+
+
+def total(entries: Iterable[LedgerEntry]) -> dict[str, float]:
+    """Sum seconds, device-seconds, tokens and FLOPs."""
+    listed = list(entries)
+    return {
+        "seconds": sum(entry.seconds for entry in listed),
+        "device_seconds": sum(entry.device_seconds for entry in listed),
+        "tokens": sum(entry.tokens for entry in listed),
+        "flops": sum(entry.flops for entry in listed),
+    }

@@ -1,0 +1,114 @@
+"""What is minimised: next-token loss, optionally a teacher's distribution, and router losses.
+
+Everything is a sum over tokens; the engine divides by the one global token count, so a run means
+the same on any number of ranks and with ragged batches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from shoal.configs.schema import MoEConfig, TeacherConfig
+from shoal.data_pipeline.batch import IGNORE
+from shoal.kernels.loss import chunked_loss
+from shoal.trainer.model import Transformer
+from shoal.trainer.moe import balance_loss, expert_load, z_loss
+
+NUM_SUMS = 4  # cross-entropy, distillation, balance and z-loss; then one load per expert
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """Sums over the real tokens of one or many micro-batches, as plain numbers."""
+
+    cross_entropy: float
+    distillation: float
+    balance: float
+    router_z: float
+    expert_load: tuple[float, ...]
+
+    @classmethod
+    def from_vector(cls, vector: Tensor) -> LossSums:
+        """Read the vector that `Objective.forward` returns, after summing over ranks."""
+        values = vector.tolist()
+        return cls(*values[:NUM_SUMS], expert_load=tuple(values[NUM_SUMS:]))
+
+
+class Teacher:
+    """A frozen model whose distribution the student is drawn to; never a submodule.
+
+    Kept out of `nn.Module` registration, so that no engine shards, saves or trains it.
+    """
+
+    def __init__(self, model: Transformer, config: TeacherConfig) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.temperature = config.temperature
+        self.share = config.weight
+
+    @torch.no_grad()
+    def hidden(self, inputs: Tensor, segments: Tensor) -> Tensor:
+        """Return final states, (rows x context, width)."""
+        return self.model(inputs, segments).states.flatten(0, 1)
+
+
+class Objective(nn.Module):
+    """The model together with its loss: what the engine trains.
+
+    The loss is computed inside `forward`, where ZeRO-3 has the head's weight gathered.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        loss_chunk_tokens: int,
+        moe: MoEConfig | None = None,
+        teacher: Teacher | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.moe = moe
+        self.loss_chunk_tokens = loss_chunk_tokens
+        self._teacher = [teacher] if teacher else []
+
+    def forward(self, inputs: Tensor, targets: Tensor, segments: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the objective (0-d, with gradient) and the detached sums behind it.
+
+        The sums are (cross-entropy, distillation, balance, z-loss, load of each expert), fp32;
+        router terms are means over layers times the real tokens. Plain tensors in and out:
+        ZeRO-3's hooks rebuild anything richer.
+        """
+        hidden = self.model(inputs, segments)
+        teacher = self._teacher[0] if self._teacher and self.training else None
+        sums = chunked_loss(
+            hidden.states.flatten(0, 1),
+            self.model.head_weight,
+            targets.flatten(),
+            self.loss_chunk_tokens,
+            **self._teacher_terms(teacher, inputs, segments),
+        )
+        parts = [sums.cross_entropy.detach()[None], sums.distillation.detach()[None]]
+        if not (self.moe and hidden.router):
+            return sums.total, torch.cat([*parts, sums.total.new_zeros(NUM_SUMS - 2)])
+        mask = targets.flatten() != IGNORE
+        tokens = mask.sum() / len(hidden.router)
+        balance = tokens * sum(balance_loss(r, mask, self.moe.num_experts) for r in hidden.router)
+        router_z = tokens * sum(z_loss(r, mask) for r in hidden.router)
+        load = tokens * sum(expert_load(r, mask) for r in hidden.router)
+        objective = sums.total + self.moe.balance_weight * balance + self.moe.z_weight * router_z
+        router = torch.stack([balance, router_z]).detach()
+        return objective, torch.cat([*parts, router, load.detach()])
+
+    @staticmethod
+    def _teacher_terms(teacher: Teacher | None, inputs: Tensor, segments: Tensor) -> dict:
+        if teacher is None:
+            return {}
+        return {
+            "teacher_hidden": teacher.hidden(inputs, segments),
+            "teacher_weight": teacher.model.head_weight,
+            "temperature": teacher.temperature,
+            "teacher_share": teacher.share,
+        }
