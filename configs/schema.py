@@ -215,6 +215,15 @@ class WorldConfig(Section):
     timeout_seconds: Count = Field(600, description="longest wait in one collective")
 
 
+class LedgerConfig(Section):
+    """How a run's cost is booked."""
+
+    kind: Literal["train", "tune"] = "train"
+    scope: Literal["generic", "specialization"] = Field(
+        "specialization", description="generic: paid once for all domains"
+    )
+
+
 class RunConfig(Section):
     """One training: model, data, objective, optimiser, sharding. Resumable by its name."""
 
@@ -231,6 +240,7 @@ class RunConfig(Section):
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     world: WorldConfig = WorldConfig()
+    ledger: LedgerConfig = LedgerConfig()
 
     @property
     def step_tokens(self) -> int:

@@ -271,7 +271,16 @@ class _Training:
 
 
 # What may differ between a checkpoint and the run that continues it: where, how fast, on what.
-FREE_ON_RESUME = ("output", "prepare", "data", "world", "checkpoint", "validation", "kernels")
+FREE_ON_RESUME = (
+    "output",
+    "prepare",
+    "data",
+    "world",
+    "checkpoint",
+    "validation",
+    "kernels",
+    "ledger",
+)
 FREE_IN_TRAIN = ("zero_stage", "activation_checkpointing", "compile")
 
 

@@ -1,0 +1,162 @@
+"""From a study's arms to the runs they need: shapes solved, rates tuned, stages keyed.
+
+Pure planning: nothing here trains. A run's folder name ends in a hash of everything that
+determines its result, so a stage that exists is the stage that is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shoal.configs.errors import ConfigError
+from shoal.configs.load import build_config, merge
+from shoal.configs.schema import ModelConfig, RunConfig
+from shoal.configs.study import ArmConfig, StudyConfig
+
+STAGE_FORMAT = 1  # raise when the same config would give another result than before
+
+# Sections that say where, when and how fast, but not what comes out.
+WITHOUT_EFFECT = (
+    "name", "output", "prepare", "world", "checkpoint", "validation", "ledger", "data",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An arm or support run with its shape settled."""
+
+    name: str
+    config: ArmConfig
+    model: ModelConfig
+    shared: bool
+    """Used by other arms: booked as generic cost, and not a contestant."""
+
+    @property
+    def kind(self) -> str:
+        """`dense`, `moe` or `distilled`."""
+        return self.config.kind
+
+
+@dataclass(frozen=True)
+class CorpusFacts:
+    """What planning needs of a prepared corpus."""
+
+    train: Path
+    validation: Path
+    shards_hash: str
+    vocab_size: int
+    """Entries of the tokenizer."""
+
+
+def settle_arms(study: StudyConfig, corpus: CorpusFacts) -> list[Arm]:
+    """Give every support run and arm its shape, solved to its budget where it is matched.
+
+    Raises:
+        ConfigError: a key is unknown, or no shape meets a budget (the nearest is named).
+    """
+    from shoal.eval.budget import solve_shape
+
+    arms = []
+    for shared, group in ((True, study.support), (False, study.arms)):
+        for name, config in group.items():
+            run = _base_config(study, config, corpus, name)
+            size = run.model.vocab_size or corpus.vocab_size
+            size = math.ceil(size / run.model.vocab_multiple) * run.model.vocab_multiple
+            model = run.model.model_copy(update={"vocab_size": size})
+            if config.match:
+                budget = study.budgets[config.match.budget]
+                try:
+                    model = solve_shape(model, budget, config.match)
+                except ConfigError as error:
+                    raise ConfigError(
+                        error.cause, where=f"arm {name}, budget {config.match.budget}", fix=error.fix
+                    ) from None
+            arms.append(Arm(name, config, model, shared))
+    return arms
+
+
+def _base_config(study: StudyConfig, arm: ArmConfig, corpus: CorpusFacts, name: str) -> RunConfig:
+    tree = merge(study.run, arm.run)
+    tree["data"] = {
+        **tree.get("data", {}),
+        "train": [{"path": str(corpus.train)}],
+        "validation": str(corpus.validation),
+    }
+    tree["world"] = study.world.model_dump()
+    return build_config(RunConfig, tree, where=f"study {study.name}, arm {name}")
+
+
+class RunPlanner:
+    """Makes the `RunConfig` of any stage of an arm."""
+
+    def __init__(self, study: StudyConfig, corpus: CorpusFacts, arms: Iterable[Arm]) -> None:
+        self.study = study
+        self.corpus = corpus
+        self.arms = {arm.name: arm for arm in arms}
+        self.output = Path(study.runs) / study.name
+
+    def trial(self, arm: Arm, lr: float, teacher: Path | None = None) -> RunConfig:
+        """Return the short run that tries one learning rate."""
+        tuning = self.study.tuning
+        assert tuning is not None
+        changes = {"seed": tuning.seed, "optim": {"lr": lr}, "train": {"tokens": tuning.tokens}}
+        return self._config(arm, changes, teacher, label=f"tune-{lr:g}", kind="tune")
+
+    def run(self, arm: Arm, lr: float | None, seed: int, teacher: Path | None = None) -> RunConfig:
+        """Return the full run of one seed; `lr` None keeps the configured rate."""
+        changes: dict[str, Any] = {"seed": seed}
+        if lr is not None:
+            changes["optim"] = {"lr": lr}
+        tokens = self._equal_tokens(arm)
+        if tokens:
+            changes["train"] = {"tokens": tokens}
+        return self._config(arm, changes, teacher, label=f"seed{seed}", kind="train")
+
+    def _equal_tokens(self, arm: Arm) -> int | None:
+        """Training tokens that cost as many FLOPs as the first arm's, where FLOPs are equal."""
+        if self.study.equal_on == "tokens" or arm.shared:
+            return None
+        from shoal.trainer.cost import training_flops_per_token
+
+        first = self.arms[next(iter(self.study.arms))]
+        base = _base_config(self.study, first.config, self.corpus, first.name)
+        ours = training_flops_per_token(arm.model, arm.model.context)
+        theirs = training_flops_per_token(first.model, first.model.context)
+        return round(base.train.tokens * theirs / ours)
+
+    def _config(
+        self, arm: Arm, changes: dict[str, Any], teacher: Path | None, *, label: str, kind: str
+    ) -> RunConfig:
+        base = _base_config(self.study, arm.config, self.corpus, arm.name)
+        tree = merge(base.model_dump(mode="json"), changes)
+        tree["model"] = arm.model.model_dump(mode="json")
+        tree["output"] = str(self.output)
+        tree["ledger"] = {"kind": kind, "scope": "generic" if arm.shared else "specialization"}
+        if teacher:
+            tree["teacher"] = {
+                "path": str(teacher),
+                "temperature": arm.config.teacher_temperature,
+                "weight": arm.config.teacher_weight,
+            }
+        config = build_config(RunConfig, tree, where=f"study {self.study.name}, arm {arm.name}")
+        name = f"{arm.name}-{label}-{self._key(config)}"
+        return config.model_copy(update={"name": name})
+
+    def _key(self, config: RunConfig) -> str:
+        """Hash of everything that determines the run's result."""
+        tree = config.model_dump(mode="json", exclude=set(WITHOUT_EFFECT))
+        tree["document_mask"] = config.data.document_mask
+        tree["shards"] = self.corpus.shards_hash
+        tree["format"] = STAGE_FORMAT
+        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def best_rate(losses: dict[float, float]) -> float:
+    """Return the rate with the lowest validation loss; the smaller of two equal ones."""
+    return min(sorted(losses), key=lambda lr: losses[lr])

@@ -1,0 +1,392 @@
+"""The composition root of a run: parts are built here in order, and handed to the loop.
+
+Each function is one command's worth of work; everything heavy is imported when it is needed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shoal.configs.corpus import PrepareConfig
+from shoal.configs.errors import ConfigError, DataError, PreflightError
+from shoal.configs.load import build_config, dump_config, load_config, read_tree
+from shoal.configs.schema import ModelConfig, RunConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from shoal.data_pipeline.shards import Manifest, Rows
+    from shoal.launcher.world import World
+    from shoal.trainer.loop import Validation
+    from shoal.trainer.objective import Teacher
+
+CONFIG_FILE = "config.yaml"
+WAIT_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The shards of a run, opened."""
+
+    train: list[tuple[Rows, float]]
+    validation: Rows | None
+
+    @property
+    def manifest(self) -> Manifest:
+        """Manifest of the first training stream; the others agree on tokenizer and row length."""
+        return self.train[0][0].manifest
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint remembers of its data."""
+        return {"streams": [[rows.manifest.shards_hash, weight] for rows, weight in self.train]}
+
+
+def train(configs: Sequence[RunConfig], world: World) -> None:
+    """Train the runs one after another on the ranks of `world`; finished ones cost nothing.
+
+    Raises:
+        ConfigError, DataError, PreflightError: named, before anything expensive where possible.
+        StoppedOnRequest: a signal arrived; a checkpoint is saved.
+    """
+    from shoal.trainer.engine import start_process_group, stop_process_group
+
+    for config in configs:
+        wait_for_corpus(config, world)
+    device = world.device
+    start_process_group(device, configs[0].world.timeout_seconds)
+    try:
+        for config in configs:
+            _train_one(config, world, device)
+    finally:
+        stop_process_group()
+
+
+def _train_one(config: RunConfig, world: World, device: torch.device) -> None:
+    import torch
+
+    from shoal.data_pipeline.loader import Loader
+    from shoal.kernels.backend import resolve
+    from shoal.trainer.cost import training_flops_per_token
+    from shoal.trainer.engine import Engine
+    from shoal.trainer.loop import RunFacts
+    from shoal.trainer.loop import train as run_loop
+    from shoal.trainer.model import Transformer
+    from shoal.trainer.objective import Objective
+
+    folder = run_folder(config)
+    lock = _lock(folder, world)
+    corpus = open_corpus(config)
+    config = resolve_run(config, corpus.manifest)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    kernels = resolve(config.kernels, device, dtype)
+    if world.rank == 0:
+        _write_config(folder, config)
+    model = Transformer(config.model, kernels)
+    model.initialize(config.seed)
+    model.activation_checkpointing = config.train.activation_checkpointing
+    if config.train.compile:
+        for block in model.blocks:
+            block.compile()
+    objective = Objective(
+        model,
+        loss_chunk_tokens=kernels.loss_chunk_tokens,
+        moe=config.model.moe,
+        teacher=load_teacher(config, corpus.manifest, device, dtype),
+    )
+    loader = Loader(
+        corpus.train,
+        seed=config.seed,
+        batch_rows=config.train.batch_rows,
+        micro_batch_rows=config.train.micro_batch_rows,
+        rank=world.rank,
+        num_ranks=world.num_ranks,
+        document_mask=config.data.document_mask,
+    )
+    engine = Engine(
+        objective,
+        config.optim,
+        config.train,
+        accumulation=loader.accumulation,
+        device=device,
+    )
+    run_loop(
+        engine,
+        loader,
+        config,
+        RunFacts(
+            folder=folder,
+            rank=world.rank,
+            ranks=world.num_ranks,
+            device=world.device_name,
+            training_flops_per_token=training_flops_per_token(config.model, config.model.context),
+            scope=config.ledger.scope,
+            kind=config.ledger.kind,
+        ),
+        validation=_validation(config, corpus, world),
+        stop_requested=lambda: world.stop.requested,
+        position=corpus.identity(),
+    )
+    engine.close()
+    lock.close()
+
+
+def run_folder(config: RunConfig) -> Path:
+    """Return where a run lives."""
+    return Path(config.output) / config.name
+
+
+def is_complete(folder: Path, config: RunConfig) -> bool:
+    """Return whether a run has its last checkpoint; only names are read."""
+    from shoal.trainer.checkpoint import checkpoint_name
+
+    return (folder / "checkpoints" / checkpoint_name(config.steps) / "manifest.json").is_file()
+
+
+def ensure_prepared(config: RunConfig) -> None:
+    """Prepare the run's corpus if its config names one and the shards are absent."""
+    if config.prepare:
+        from shoal.data_pipeline.shards import prepare
+
+        prepare(load_config(PrepareConfig, config.prepare))
+
+
+def wait_for_corpus(config: RunConfig, world: World) -> None:
+    """Rank 0 of every machine prepares what is absent; the others wait for it.
+
+    Happens before the process group exists, so that no collective times out on a large corpus.
+    """
+    if world.local_rank == 0:
+        ensure_prepared(config)
+        return
+    folders = [Path(stream.path) for stream in config.data.train]
+    while config.prepare and not all((f / "manifest.json").is_file() for f in folders):
+        time.sleep(WAIT_SECONDS)
+
+
+def open_corpus(config: RunConfig) -> Corpus:
+    """Open the shards a run names and check that they belong together.
+
+    Raises:
+        DataError: missing or altered shards, or streams with different tokenizers.
+        ConfigError: the model's context is longer than the rows.
+    """
+    from shoal.data_pipeline.shards import Rows, check_context
+
+    streams = [(Rows.open(Path(s.path)), s.weight) for s in config.data.train]
+    validation = Rows.open(Path(config.data.validation)) if config.data.validation else None
+    first = streams[0][0].manifest
+    for rows in [*(rows for rows, _ in streams), *([validation] if validation else [])]:
+        check_context(rows.manifest, config.model.context)
+        if rows.manifest.tokenizer_fingerprint != first.tokenizer_fingerprint:
+            raise DataError(
+                "was written with another tokenizer than the first training stream",
+                where=rows.folder,
+                fix="prepare both with one tokenizer (tokenizer.path=FOLDER)",
+            )
+    return Corpus(streams, validation)
+
+
+def resolve_run(config: RunConfig, manifest: Manifest) -> RunConfig:
+    """Fill in what only the shards know: the vocabulary size."""
+    multiple = config.model.vocab_multiple
+    size = config.model.vocab_size or -(-manifest.vocab_size // multiple) * multiple
+    if size < manifest.vocab_size:
+        raise ConfigError(
+            f"vocab_size {size} is smaller than the tokenizer's {manifest.vocab_size}",
+            where="model.vocab_size",
+            fix="leave it out: it is taken from the shards",
+        )
+    model = config.model.model_copy(update={"vocab_size": size})
+    return config.model_copy(update={"model": model})
+
+
+def load_teacher(
+    config: RunConfig, manifest: Manifest, device: torch.device, dtype: torch.dtype
+) -> Teacher | None:
+    """Load the frozen teacher of a distillation.
+
+    Raises:
+        ConfigError: its vocabulary is not the student's, so its distribution has no meaning here.
+    """
+    if config.teacher is None:
+        return None
+    from shoal.data_pipeline.tokenizer import Tokenizer
+    from shoal.kernels.backend import resolve
+    from shoal.trainer.export import load_model
+    from shoal.trainer.objective import Teacher
+
+    folder = Path(config.teacher.path)
+    if not folder.is_dir():
+        raise ConfigError(
+            "no such teacher", where=folder, fix="export it first: shoal export RUN OUT"
+        )
+    same_tokens = Tokenizer.load(folder).fingerprint == manifest.tokenizer_fingerprint
+    model, shape = load_model(folder, resolve(config.kernels, device, dtype))
+    if not same_tokens or shape.vocab_size != config.model.vocab_size:
+        raise ConfigError(
+            f"the teacher's tokenizer is not the one of the shards (vocabularies of "
+            f"{shape.vocab_size} and {config.model.vocab_size}): distillation compares two "
+            "distributions over the same tokens, entry by entry",
+            where=folder,
+            fix="train the teacher on these shards, or prepare the corpus with the teacher's "
+            "tokenizer (tokenizer.path=TEACHER)",
+        )
+    if shape.context < config.model.context:
+        raise ConfigError(
+            f"the teacher's context {shape.context} is shorter than {config.model.context}",
+            where=folder,
+        )
+    return Teacher(model.to(device=device, dtype=dtype), config.teacher)
+
+
+def _validation(config: RunConfig, corpus: Corpus, world: World) -> Validation | None:
+    if corpus.validation is None:
+        return None
+    from shoal.data_pipeline.loader import validation_batches
+    from shoal.data_pipeline.tokenizer import Tokenizer
+    from shoal.trainer.loop import Validation
+
+    batches, text_bytes = validation_batches(
+        corpus.validation,
+        max_rows=config.validation.max_rows,
+        micro_batch_rows=config.train.micro_batch_rows,
+        rank=world.rank,
+        num_ranks=world.num_ranks,
+        document_mask=config.data.document_mask,
+        token_bytes=Tokenizer.load(corpus.validation.tokenizer_folder).token_bytes,
+    )
+    return Validation(batches, text_bytes)
+
+
+def _lock(folder: Path, world: World) -> Any:
+    """Hold the run's lock on rank 0 for as long as the returned file is open."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("w")
+    if world.rank == 0:
+        for _ in range(10):  # ranks of a killed job may take a moment to go
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return file
+            except BlockingIOError:
+                time.sleep(WAIT_SECONDS)
+        raise PreflightError(
+            "another process is training this run",
+            where=folder,
+            fix="wait for it, stop it, or give this one another name=",
+        )
+    return file
+
+
+def _write_config(folder: Path, config: RunConfig) -> None:
+    aside = folder / f".partial-{CONFIG_FILE}"
+    aside.write_text(dump_config(config), encoding="utf-8")
+    aside.replace(folder / CONFIG_FILE)
+
+
+def read_run(folder: Path) -> RunConfig:
+    """Read the resolved config of a run folder."""
+    if not (folder / CONFIG_FILE).is_file():
+        raise ConfigError("not a run: it has no config.yaml", where=folder, fix="shoal runs")
+    return build_config(RunConfig, read_tree(folder / CONFIG_FILE), where=folder / CONFIG_FILE)
+
+
+def export_run(run: Path, out: Path, dtype: str = "fp32") -> Any:
+    """Export the newest whole checkpoint of a run as a Hugging Face folder.
+
+    Returns the `ExportReport`; books the cost in the run's ledger.
+    """
+    from shoal.data_pipeline.tokenizer import Tokenizer
+    from shoal.kernels.backend import resolve
+    from shoal.trainer.checkpoint import TensorReader, newest_checkpoint
+    from shoal.trainer.export import export_model
+    from shoal.trainer.ledger import LedgerEntry, append_entry, now
+    from shoal.trainer.model import Transformer
+
+    import torch  # isort: skip
+
+    started, begun = now(), time.monotonic()
+    config = read_run(run)
+    found = newest_checkpoint(run / "checkpoints")
+    if found is None:
+        raise DataError("has no checkpoint yet", where=run, fix="shoal train it first")
+    folder, manifest = found
+    kernels = resolve(config.kernels, torch.device("cpu"), torch.float32)
+    model = Transformer(config.model, kernels)
+    reader = TensorReader(folder, manifest)
+    model.load_state_dict({name: reader.read(name) for name in manifest.tensors})
+    corpus = open_corpus(config)
+    rows = corpus.validation or corpus.train[0][0]
+    report = export_model(
+        model,
+        config.model,
+        rows.tokenizer_folder,
+        out,
+        sample_ids=sample_rows(rows, config.model.context),
+        card=_card(run, config, manifest.step),
+        dtype=dtype,
+        eot_id=Tokenizer.load(rows.tokenizer_folder).eot_id,
+    )
+    entry = LedgerEntry(
+        kind="export",
+        stage=config.name,
+        scope=config.ledger.scope,
+        started=started,
+        seconds=time.monotonic() - begun,
+    )
+    append_entry(run / "ledger.jsonl", entry)
+    return report
+
+
+def sample_rows(rows: Rows, context: int, count: int = 2) -> list[list[int]]:
+    """Return token ids of real text, for the gate of an export."""
+    import numpy as np
+
+    tokens, _ = rows.gather(np.arange(min(count, len(rows))))
+    return [row[:context].tolist() for row in tokens]
+
+
+def _card(run: Path, config: RunConfig, step: int) -> dict[str, Any]:
+    """Facts for the model card: what was trained on what, how far, and how well."""
+    from shoal.trainer.metrics import read_metrics
+
+    records = read_metrics(run / "metrics.jsonl")
+    validations = [r for r in records if r["kind"] == "validation"]
+    return {
+        "name": config.name,
+        "run": json.loads(config.model_dump_json()),
+        "step": step,
+        "tokens": step * config.step_tokens,
+        "validation": validations[-1] if validations else None,
+    }
+
+
+def untrained_export(model: ModelConfig, seed: int, corpus: Corpus, out: Path) -> None:
+    """Export a freshly initialised model: the untrained reference row of a report."""
+    import torch
+
+    from shoal.configs.schema import KernelConfig
+    from shoal.data_pipeline.tokenizer import Tokenizer
+    from shoal.kernels.backend import resolve
+    from shoal.trainer.export import export_model
+    from shoal.trainer.model import Transformer
+
+    kernels = resolve(KernelConfig(), torch.device("cpu"), torch.float32)
+    fresh = Transformer(model, kernels)
+    fresh.initialize(seed)
+    rows = corpus.validation or corpus.train[0][0]
+    export_model(
+        fresh,
+        model,
+        rows.tokenizer_folder,
+        out,
+        sample_ids=sample_rows(rows, model.context),
+        card={"name": "untrained", "run": {}, "step": 0, "tokens": 0, "validation": None},
+        dtype="fp32",
+        eot_id=Tokenizer.load(rows.tokenizer_folder).eot_id,
+    )
