@@ -1,0 +1,150 @@
+"""Hostfiles: which machines take part, with how many ranks each."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from shoal.configs.errors import ConfigError
+
+# A name reaches ssh's command line sooner or later: letters, digits, dots and hyphens, and never
+# a leading hyphen, which ssh would read as an option (-oProxyCommand=...).
+HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]{0,252}[A-Za-z0-9])?")
+LINE = re.compile(r"(?P<name>\S+)\s+slots\s*=\s*(?P<slots>\d+)")
+MOST_SLOTS = 1024
+EXAMPLE = "write one line a machine, for example: localhost slots=2"
+
+
+@dataclass(frozen=True)
+class Host:
+    """One machine of a job and the ranks it runs."""
+
+    name: str
+    slots: int
+
+
+def read_hostfile(path: str | Path) -> list[Host]:
+    """Read `NAME slots=N` lines; `#` starts a comment, empty lines are skipped.
+
+    Raises:
+        ConfigError: file missing, empty or unreadable; a line malformed, hostile or repeated.
+    """
+    file = Path(path)
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise ConfigError("no such hostfile", where=file, fix=EXAMPLE) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"hostfile cannot be read: {error}", where=file, fix=EXAMPLE) from None
+    first_seen: dict[str, int] = {}
+    hosts = []
+    for number, line in enumerate(lines, start=1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        host = _parse_line(text, where=f"{file}:{number}")
+        key = host.name.lower()
+        if key in first_seen:
+            raise ConfigError(
+                f"{host.name} is named twice (first in line {first_seen[key]})",
+                where=f"{file}:{number}",
+                fix=f"give it one line with all its ranks: {host.name} slots=N",
+            )
+        first_seen[key] = number
+        hosts.append(host)
+    if not hosts:
+        raise ConfigError("hostfile names no host", where=file, fix=EXAMPLE)
+    return hosts
+
+
+def _parse_line(text: str, where: str) -> Host:
+    """Read one line; nothing may follow the number (`slots=4x` is no 4)."""
+    name = text.split()[0]
+    if not HOST_NAME.fullmatch(name):
+        raise ConfigError(
+            f"{name!r} is no host name (letters, digits, dots, hyphens; it starts with a letter or "
+            "digit)",
+            where=where,
+            fix="put users, ports and other ssh options into ~/.ssh/config, and the plain name here",
+        )
+    match = LINE.fullmatch(text)
+    if not match:
+        raise ConfigError(f"expected `NAME slots=N`, found {text!r}", where=where, fix=EXAMPLE)
+    slots = int(match["slots"])
+    if not 1 <= slots <= MOST_SLOTS:
+        raise ConfigError(f"slots={slots} is not between 1 and {MOST_SLOTS}", where=where)
+    return Host(name, slots)
+
+
+def is_local(name: str) -> bool:
+    """Return whether a host name means this machine; a name nobody can resolve does not."""
+    own = socket.gethostname()
+    if name.lower() in {"localhost", own.lower(), own.partition(".")[0].lower()}:
+        return True
+    try:
+        found = socket.getaddrinfo(name, None, proto=socket.IPPROTO_TCP)
+    except OSError:
+        return False
+    addresses = {str(item[4][0]) for item in found}
+    return any(a.startswith("127.") or a == "::1" for a in addresses) or bool(
+        addresses & _own_addresses()
+    )
+
+
+def _own_addresses() -> set[str]:
+    import psutil
+
+    return {
+        address.address.partition("%")[0]
+        for addresses in psutil.net_if_addrs().values()
+        for address in addresses
+        if address.family in (socket.AF_INET, socket.AF_INET6)
+    }
+
+
+def local_slots(hosts: Sequence[Host], where: object) -> int:
+    """Return the ranks a hostfile asks of this machine, the only one it may name for now.
+
+    Raises:
+        ConfigError: another machine is named, or this one under two names.
+    """
+    others = [host.name for host in hosts if not is_local(host.name)]
+    if others:
+        raise ConfigError(
+            f"names {'another machine' if len(others) == 1 else 'other machines'} than this one: "
+            f"{', '.join(others)}; training over several hosts is not built yet, and this machine "
+            "will not train alone in their stead",
+            where=where,
+            fix=f"for one machine, write: localhost slots={sum(host.slots for host in hosts)}",
+        )
+    if len(hosts) > 1:
+        raise ConfigError(
+            f"names this machine {len(hosts)} times: {', '.join(host.name for host in hosts)}",
+            where=where,
+            fix=f"write one line: localhost slots={sum(host.slots for host in hosts)}",
+        )
+    return hosts[0].slots
+
+
+def hosts_of_deepspeed() -> list[Host]:
+    """Return the hosts DeepSpeed's launcher was given, if it is what started this process.
+
+    DeepSpeed starts a hostfile with one line on this machine even if it names another one; the
+    rank it starts can only learn that from the launcher's own command line.
+    """
+    try:
+        command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode().split("\0")
+    except (OSError, UnicodeDecodeError):
+        return []
+    prefix = "--world_info="
+    for argument in command:
+        if argument.startswith(prefix) and "deepspeed.launcher.launch" in command:
+            slots = json.loads(base64.urlsafe_b64decode(argument.removeprefix(prefix)))
+            return [Host(str(name), len(ids)) for name, ids in slots.items()]
+    return []

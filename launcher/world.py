@@ -1,0 +1,184 @@
+"""Who am I among the ranks: read from the environment once, at the top of a worker."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import socket
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Literal
+
+from shoal.configs.errors import ConfigError, PreflightError
+
+if TYPE_CHECKING:
+    import torch
+
+    from shoal.configs.schema import WorldConfig
+
+# What DeepSpeed's launcher and torchrun tell their ranks. A launcher that runs as such a rank
+# removes these before it starts ranks of its own, or they would join the wrong job.
+RANK_VARIABLES = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK",
+    "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE",
+    "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT",
+    "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_ERROR_FILE",
+)  # fmt: skip
+CPU_RANKS = 2
+
+
+class StopRequest:
+    """Set by a signal, polled by the training loop: finish the step, save, stop."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._polled = False
+
+    @property
+    def requested(self) -> bool:
+        """Whether a stop was asked for."""
+        self._polled = True
+        return self._event.is_set()
+
+    def request(self) -> None:
+        """Ask for a stop."""
+        self._event.set()
+
+    def install(self, signals: tuple[signal.Signals, ...]) -> None:
+        """Turn `signals` into a request; before anybody polls they end the process at once."""
+        for number in signals:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP: keep it so
+                signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.request()
+        if not self._polled:
+            raise SystemExit(128 + number)
+
+
+@dataclass(frozen=True)
+class World:
+    """The place of this process in the job."""
+
+    rank: int
+    num_ranks: int
+    local_rank: int
+    local_ranks: int
+    device: torch.device
+    device_name: str
+    host: str
+    stop: StopRequest = field(default_factory=StopRequest)
+
+    @classmethod
+    def detect(cls, stop: StopRequest | None = None) -> World:
+        """Read RANK and its companions once; without them this is the only rank.
+
+        DeepSpeed's launcher says LOCAL_SIZE where torchrun says LOCAL_WORLD_SIZE; libraries that
+        look for the latter (mosaicml-streaming) find it afterwards.
+
+        Raises:
+            ConfigError: the variables contradict each other.
+            PreflightError: more ranks than GPUs on this machine.
+        """
+        rank, num_ranks = _number("RANK", 0), _number("WORLD_SIZE", 1)
+        local_rank = _number("LOCAL_RANK", rank)
+        local_ranks = _number("LOCAL_WORLD_SIZE", _number("LOCAL_SIZE", num_ranks))
+        if not (rank < num_ranks and local_rank < local_ranks <= num_ranks):
+            raise ConfigError(
+                f"rank {rank} of {num_ranks}, local rank {local_rank} of {local_ranks} cannot be",
+                where="environment",
+                fix="unset RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, or start the job with "
+                "`python launcher/run.py --hostfile hosts`",
+            )
+        os.environ["LOCAL_WORLD_SIZE"] = str(local_ranks)
+        device, name = _device(local_rank, local_ranks)
+        return cls(
+            rank=rank,
+            num_ranks=num_ranks,
+            local_rank=local_rank,
+            local_ranks=local_ranks,
+            device=device,
+            device_name=name,
+            host=socket.gethostname(),
+            stop=stop or StopRequest(),
+        )
+
+    def setup(self, config: WorldConfig) -> None:
+        """Give this rank its share of the cores and its device; call before training."""
+        import torch
+
+        torch.set_num_threads(resolve_threads(config.threads, self.local_ranks))
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        else:
+            os.environ["DS_ACCELERATOR"] = "cpu"
+
+
+def under_foreign_launcher(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether DeepSpeed's launcher, torchrun or their like started this process as a rank."""
+    return "RANK" in environment and "WORLD_SIZE" in environment
+
+
+def usable_cores() -> int:
+    """Return the cores this process may use: its affinity, less a container's quota."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, math.ceil(int(quota) / int(period))))
+
+
+def resolve_threads(threads: Literal["auto"] | int, local_ranks: int) -> int:
+    """Return CPU threads of one rank; `auto` shares the cores out evenly."""
+    return max(1, usable_cores() // local_ranks) if threads == "auto" else threads
+
+
+def resolve_ranks(ranks: Literal["auto"] | int) -> int:
+    """Return how many ranks to start here; `auto`: one a GPU, or 2 where there is none."""
+    return (count_gpus() or CPU_RANKS) if ranks == "auto" else ranks
+
+
+def count_gpus() -> int:
+    """Return the GPUs PyTorch may use; CUDA_VISIBLE_DEVICES= (empty) hides them all."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def check_devices(local_ranks: int) -> str:
+    """Return what the ranks will run on, `cpu` or `cuda`.
+
+    Raises:
+        PreflightError: there are GPUs, but fewer than ranks.
+    """
+    gpus = count_gpus()
+    if gpus and local_ranks > gpus:
+        raise PreflightError(
+            f"{local_ranks} ranks on this machine, but it has {gpus} GPU{'s' * (gpus > 1)}",
+            where=socket.gethostname(),
+            fix=f"ask for at most {gpus} (slots={gpus} in the hostfile, or world.ranks={gpus}), or "
+            "set CUDA_VISIBLE_DEVICES= to train on CPU",
+        )
+    return "cuda" if gpus else "cpu"
+
+
+def _device(local_rank: int, local_ranks: int) -> tuple[torch.device, str]:
+    import torch
+
+    if check_devices(local_ranks) == "cpu":
+        return torch.device("cpu"), "cpu"
+    return torch.device("cuda", local_rank), torch.cuda.get_device_name(local_rank)
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    if not text:
+        return default
+    if not text.isdigit():
+        raise ConfigError(f"{name}={text!r} is not a number", where="environment")
+    return int(text)
