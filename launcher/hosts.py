@@ -71,7 +71,7 @@ def _parse_line(text: str, where: str) -> Host:
             f"{name!r} is no host name (letters, digits, dots, hyphens; it starts with a letter or "
             "digit)",
             where=where,
-            fix="put users, ports and other ssh options into ~/.ssh/config, and the plain name here",
+            fix="users, ports and other ssh options belong into ~/.ssh/config, the plain name here",
         )
     match = LINE.fullmatch(text)
     if not match:

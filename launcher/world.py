@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import select
 import signal
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -29,6 +30,7 @@ RANK_VARIABLES = (
     "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_ERROR_FILE",
 )  # fmt: skip
 CPU_RANKS = 2
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
@@ -53,6 +55,22 @@ class StopRequest:
         for number in signals:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP: keep it so
                 signal.signal(number, self._handle)
+
+    def request_when_gone(self, processes: Sequence[int]) -> None:
+        """Ask for a stop as soon as one of `processes` has ended, however it ended."""
+        descriptors = []
+        for process in processes:
+            try:
+                descriptors.append(os.pidfd_open(process))
+            except ProcessLookupError:
+                self.request()
+
+        def wait() -> None:
+            select.select(descriptors, [], [])
+            self.request()
+
+        if descriptors:
+            threading.Thread(target=wait, name="ancestors", daemon=True).start()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.request()
@@ -119,7 +137,7 @@ class World:
 
 
 def under_foreign_launcher(environment: Mapping[str, str] = os.environ) -> bool:
-    """Return whether DeepSpeed's launcher, torchrun or their like started this process as a rank."""
+    """Return whether DeepSpeed's launcher, torchrun or the like started this process."""
     return "RANK" in environment and "WORLD_SIZE" in environment
 
 

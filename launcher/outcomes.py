@@ -1,0 +1,112 @@
+"""How a rank tells the process that started it that it lives, and how it ended.
+
+Every rank writes `rank-N.pid` when it starts and `rank-N.json` when it ends, into the folder that
+`SHOAL_OUTCOMES` names. A rank that is gone without the second file was killed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from shoal.configs import errors
+from shoal.configs.errors import ShoalError, StoppedOnRequest
+
+FOLDER_VARIABLE = "SHOAL_OUTCOMES"
+PARENT_VARIABLE = "SHOAL_LAUNCHER"
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of one rank: `done`, the name of a `ShoalError`, or of another exception."""
+
+    kind: str
+    rank: int
+    host: str
+    ended: float
+    exit_code: int = 0
+    cause: str = ""
+    where: str | None = None
+    fix: str | None = None
+    trace: str | None = None
+
+    @property
+    def is_failure(self) -> bool:
+        """Whether the rank neither finished nor stopped because it was asked to."""
+        return self.kind not in ("done", StoppedOnRequest.__name__)
+
+    def to_error(self) -> ShoalError:
+        """Return the error the rank raised: same class, same text, a note on where it happened."""
+        kind = getattr(errors, self.kind, None)
+        if not (isinstance(kind, type) and issubclass(kind, ShoalError)):
+            kind = ShoalError
+        error = kind(self.cause, where=self.where, fix=self.fix)
+        if self.trace:
+            error.add_note(self.trace.rstrip())
+        if self.is_failure:
+            error.add_note(f"failed first: rank {self.rank} on {self.host}")
+        return error
+
+
+def describe(error: BaseException, rank: int) -> Outcome:
+    """Return the outcome of a rank that ends with `error`; bugs keep their traceback."""
+    kind, host, ended = type(error).__name__, socket.gethostname(), time.time()
+    if isinstance(error, ShoalError):
+        return Outcome(
+            kind, rank, host, ended, error.exit_code, error.cause, error.where, error.fix
+        )
+    trace = "".join(traceback.format_exception(error))
+    return Outcome(kind, rank, host, ended, 1, f"{kind}: {error}", trace=trace)
+
+
+def die_with_parent() -> None:
+    """Let the kernel kill this process when the one that started it is gone, however it went."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = os.environ.get(PARENT_VARIABLE)
+    if parent and int(parent) != os.getppid():  # it was gone before the line above
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def report_outcome(work: Callable[[], None]) -> int:
+    """Do a rank's `work`, leave word of how it ended, and return the exit code."""
+    folder, rank = Path(os.environ[FOLDER_VARIABLE]), int(os.environ["RANK"])
+    _write(folder / f"rank-{rank}.pid", str(os.getpid()))
+    try:
+        work()
+        outcome = Outcome("done", rank, socket.gethostname(), time.time())
+    except (Exception, KeyboardInterrupt) as error:
+        outcome = describe(error, rank)
+    _write(folder / f"rank-{rank}.json", json.dumps(asdict(outcome)))
+    return outcome.exit_code
+
+
+def read_pids(folder: Path) -> dict[int, int]:
+    """Return rank -> process id of every rank that has started."""
+    return {_rank_of(file): int(file.read_text()) for file in sorted(folder.glob("rank-*.pid"))}
+
+
+def read_outcomes(folder: Path) -> dict[int, Outcome]:
+    """Return rank -> outcome of every rank that has ended by itself."""
+    return {
+        _rank_of(file): Outcome(**json.loads(file.read_text()))
+        for file in sorted(folder.glob("rank-*.json"))
+    }
+
+
+def _rank_of(file: Path) -> int:
+    return int(file.stem.removeprefix("rank-"))
+
+
+def _write(file: Path, text: str) -> None:
+    aside = file.with_name(f".partial-{file.name}")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(file)

@@ -1,0 +1,242 @@
+"""The documented command: `deepspeed launcher/run.py --hostfile hosts [CONFIG] [key=value ...]`.
+
+This file runs in three places. As the launcher it starts the ranks of the hostfile; as a rank of
+that launcher (--worker), or of DeepSpeed's or torchrun's own, it trains. DeepSpeed hands options
+after the script's name to the script, so in the command above its own ranks become launchers: the
+first acts, the others leave.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+# `python launcher/run.py` puts this folder first on the import path, where its files (hosts.py,
+# study.py, ...) would hide other people's modules of those names.
+if not __package__:
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).parent]
+
+try:
+    from shoal.configs.errors import ConfigError, ShoalError
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}\n  fix: run `make install` once, or `pip install -e .`")
+
+from shoal.configs.load import load_config
+from shoal.configs.schema import RunConfig
+
+if TYPE_CHECKING:
+    from shoal.launcher.world import StopRequest
+
+DEFAULT_CONFIG = "default.yaml"
+OVERRIDE = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*=")
+EPILOG = """\
+examples:
+  deepspeed launcher/run.py --hostfile hosts
+      train configs/default.yaml with the ranks that the file `hosts` asks for
+      (one line: localhost slots=2); its corpus is prepared first if absent
+  python launcher/run.py --hostfile hosts configs/pretrain_dense.yaml optim.lr=6e-4
+      the same without DeepSpeed's launcher, another config, one value changed
+  deepspeed launcher/run.py --hostfile hosts --dry-run
+      print ranks, devices, batch and commands; start nothing
+
+The same command again continues from the newest checkpoint.
+exit codes: 0 done, 2 usage or configuration, 3 data, 4 preflight,
+            5 stopped on request with a checkpoint saved (start it again), 1 anything else
+"""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the command line asks for."""
+
+    configs: tuple[str, ...]
+    overrides: tuple[str, ...]
+    hostfile: str | None = None
+    dry_run: bool = False
+    worker: bool = False
+
+    def load(self) -> list[RunConfig]:
+        """Load the configs with the overrides applied to each."""
+        return [load_config(RunConfig, config, self.overrides) for config in self.configs]
+
+
+def parse_order(argv: Sequence[str]) -> Order:
+    """Read the command line; `key=value` words are overrides, the others are configs."""
+    parser = argparse.ArgumentParser(
+        prog="launcher/run.py",
+        description="Train one model on the ranks of a hostfile, or of this machine without one.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--hostfile", metavar="FILE", help="lines `NAME slots=RANKS`")
+    parser.add_argument("--dry-run", action="store_true", help="show the plan, start nothing")
+    parser.add_argument("words", nargs="*", metavar="CONFIG | key=value", help="see examples")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    given = parser.parse_intermixed_args(argv)
+    overrides = tuple(word for word in given.words if OVERRIDE.match(word))
+    configs = tuple(word for word in given.words if not OVERRIDE.match(word))
+    if len(configs) > 1 and not given.worker:
+        raise ConfigError(
+            f"one config at a time, not {len(configs)}: {', '.join(configs)}",
+            where="command line",
+            fix="overrides are written key=value, without spaces",
+        )
+    return Order(
+        configs or (DEFAULT_CONFIG,), overrides, given.hostfile, given.dry_run, given.worker
+    )
+
+
+def execute(order: Order) -> None:
+    """Be the launcher, one of its ranks, or a rank of another launcher.
+
+    Raises:
+        ShoalError: named; before anything was started where that is possible.
+    """
+    from shoal.launcher.world import under_foreign_launcher
+
+    if order.worker:
+        run_rank(order)
+    foreign = under_foreign_launcher()
+    first = os.environ.get("RANK", "0") == "0"
+    if foreign and order.hostfile is None and not order.dry_run:
+        run_foreign_rank(order)
+    if foreign and order.hostfile:
+        _check_single_launch()
+    if first or not foreign:
+        launch(order, watch=_ancestors() if foreign else ())
+
+
+def launch(order: Order, watch: Sequence[int] = ()) -> None:
+    """Start the ranks on this machine and wait for them; with --dry-run only say what would be."""
+    from shoal.launcher.hosts import local_slots, read_hostfile
+    from shoal.launcher.plan import print_plan
+    from shoal.launcher.processes import launch_ranks
+    from shoal.launcher.screen import newest_checkpoint_note
+    from shoal.launcher.world import resolve_ranks
+
+    config = order.load()[0]
+    if order.hostfile is None:
+        started = os.environ.get("WORLD_SIZE")  # by another launcher: this is its dry run
+        num_ranks = int(started) if started else resolve_ranks(config.world.ranks)
+    else:
+        num_ranks = local_slots(read_hostfile(order.hostfile), where=order.hostfile)
+    argv = [*order.configs, *order.overrides]
+    if order.dry_run:
+        print_plan(config, num_ranks, argv)
+        return
+    try:
+        launch_ranks(
+            num_ranks,
+            argv,
+            threads=config.world.threads,
+            timeout=config.world.timeout_seconds,
+            watch=watch,
+        )
+    except ShoalError as error:
+        error.add_note(newest_checkpoint_note(Path(config.output) / config.name))
+        raise
+
+
+def run_rank(order: Order) -> NoReturn:
+    """Train as a rank that `launch` started: dies with it, and tells it how this ended."""
+    from shoal.launcher.outcomes import die_with_parent, report_outcome
+    from shoal.launcher.world import STOP_SIGNALS, StopRequest
+
+    die_with_parent()
+    stop = StopRequest()
+    stop.install(STOP_SIGNALS)
+    _leave(report_outcome(lambda: _train(order, stop)))
+
+
+def run_foreign_rank(order: Order) -> NoReturn:
+    """Train as a rank that DeepSpeed's launcher or torchrun started.
+
+    Those may be killed without their ranks noticing, so the ranks watch them; and DeepSpeed starts
+    a hostfile of one other machine on this one, so the ranks look at what it was told.
+    """
+    from shoal.launcher.hosts import hosts_of_deepspeed, local_slots
+    from shoal.launcher.screen import guard
+    from shoal.launcher.world import STOP_SIGNALS, StopRequest, resolve_threads
+
+    rank, local_ranks = os.environ["RANK"], int(os.environ.get("LOCAL_SIZE", "1"))
+    stop = StopRequest()
+    stop.install(STOP_SIGNALS)
+
+    def work() -> None:
+        hosts = hosts_of_deepspeed()
+        if hosts:
+            local_slots(hosts, where="the hostfile DeepSpeed was given")
+        threads = resolve_threads(order.load()[0].world.threads, local_ranks)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        stop.request_when_gone(_ancestors())
+        try:
+            _train(order, stop)
+        except ShoalError as error:
+            error.add_note(f"rank {rank} on {socket.gethostname()}")
+            raise
+
+    _leave(guard(work))
+
+
+def _train(order: Order, stop: StopRequest) -> None:
+    from shoal.launcher.world import World
+
+    configs = order.load()
+    world = World.detect(stop)
+    world.setup(configs[0].world)
+    from shoal.launcher.training import train
+
+    train(configs, world)
+
+
+def _leave(code: int) -> NoReturn:
+    """End now: what a broken process group does in destructors may hang or crash."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _check_single_launch() -> None:
+    """Refuse to be the launcher inside a job that already spans hosts."""
+    hosts = int(os.environ.get("CROSS_SIZE", "1"))
+    if hosts > 1:
+        raise ConfigError(
+            f"--hostfile after the script's name, inside a job already started on {hosts} hosts",
+            where="command line",
+            fix="give the hostfile once: deepspeed launcher/run.py --hostfile hosts",
+        )
+
+
+def _ancestors() -> list[int]:
+    """Return the process ids of parent and grandparent: DeepSpeed's launcher and its runner.
+
+    When the runner alone is killed its launcher is adopted and runs on, so the parent is not
+    enough to watch.
+    """
+    import psutil
+
+    parents = psutil.Process().parents()[:2]
+    return [process.pid for process in parents if process.pid > 1]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    from shoal.launcher.screen import guard
+
+    order: list[Order] = []
+    code = guard(lambda: order.append(parse_order(sys.argv[1:] if argv is None else argv)))
+    if code:
+        return code
+    return guard(lambda: execute(order[0]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
