@@ -71,7 +71,7 @@ $(STAMP):
 	if [ -n "$$index" ]; then export UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$$index}"; fi; \
 	if [ -n "$$cert" ]; then export SSL_CERT_FILE="$${SSL_CERT_FILE:-$$cert}"; fi; \
 	echo 'installing into $(VENV) (once; about 7 GB with the GPU libraries of torch)'; \
-	test -x $(UV) || $(PYTHON) -m pip install --quiet --target .build/uv 'uv>=0.5'; \
+	test -x $(UV) || $(PYTHON) -m pip install --quiet --root-user-action=ignore --target .build/uv 'uv>=0.5'; \
 	test -x $(BIN)/python || $(UV) venv --quiet --seed --python "$$(command -v $(PYTHON))" $(VENV); \
 	$(UV) pip install --quiet --python $(BIN)/python --compile-bytecode \
 		--override overrides.txt --constraint constraints.txt --editable '.[dev]'

@@ -81,17 +81,32 @@ def parse_order(argv: Sequence[str]) -> Order:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     given = parser.parse_intermixed_args(argv)
-    overrides = tuple(word for word in given.words if OVERRIDE.match(word))
-    configs = tuple(word for word in given.words if not OVERRIDE.match(word))
-    if len(configs) > 1 and not given.worker:
+    return make_order(
+        given.words, hostfile=given.hostfile, dry_run=given.dry_run, worker=given.worker
+    )
+
+
+def make_order(
+    words: Sequence[str],
+    *,
+    hostfile: str | None = None,
+    dry_run: bool = False,
+    worker: bool = False,
+) -> Order:
+    """Sort words into overrides and configs; only a worker takes several configs.
+
+    Raises:
+        ConfigError: more than one config.
+    """
+    overrides = tuple(word for word in words if OVERRIDE.match(word))
+    configs = tuple(word for word in words if not OVERRIDE.match(word))
+    if len(configs) > 1 and not worker:
         raise ConfigError(
             f"one config at a time, not {len(configs)}: {', '.join(configs)}",
             where="command line",
             fix="overrides are written key=value, without spaces",
         )
-    return Order(
-        configs or (DEFAULT_CONFIG,), overrides, given.hostfile, given.dry_run, given.worker
-    )
+    return Order(configs or (DEFAULT_CONFIG,), overrides, hostfile, dry_run, worker)
 
 
 def execute(order: Order) -> None:

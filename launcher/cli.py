@@ -1,0 +1,293 @@
+"""The `shoal` command; everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shoal.configs.errors import ShoalError
+
+app = typer.Typer(
+    help="Give Shoal a corpus and an inference budget; it trains every candidate that fits and "
+    "tells, with evidence, which one to deploy.",
+    epilog="First steps:  shoal demo  |  shoal prepare CONFIG  |  shoal train CONFIG  |  "
+    "shoal COMMAND --help",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+shards_app = typer.Typer(help="Look at shards and check them.", no_args_is_help=True)
+app.add_typer(shards_app, name="shards", rich_help_panel="Look")
+
+Config = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="YAML file, or the name of a shipped config.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]", help="Set one value, for example optim.lr=6e-4."),
+]
+Export = Annotated[Path, typer.Argument(help="Folder of an export or a Hugging Face model.")]
+
+
+@app.command(rich_help_panel="Do")
+def prepare(config: Config, overrides: Overrides = None) -> None:
+    """Turn a corpus into a tokenizer and shards.
+
+    What exists is not done again; after a kill the same command goes on.
+
+    [dim]shoal prepare corpus.yaml[/dim]
+    [dim]shoal prepare corpus.yaml output=data/mine train.0.path=my/*.jsonl.gz context=512[/dim]
+    """
+    from shoal.configs.corpus import PrepareConfig
+    from shoal.configs.load import load_config
+    from shoal.data_pipeline.shards import prepare as prepare_corpus
+    from shoal.launcher.tables import progress_bars, shards_table, show
+
+    loaded = load_config(PrepareConfig, config, overrides or ())
+    with progress_bars() as progress:
+        prepared = prepare_corpus(loaded, progress)
+    for folder in (prepared.train, prepared.validation):
+        if folder is not None:
+            show(shards_table(folder))
+
+
+@app.command(rich_help_panel="Do")
+def train(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG] [key=value]...",
+            help="Without a config: default.yaml.",
+            show_default=False,
+        ),
+    ] = None,
+    hostfile: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Lines `NAME slots=RANKS`.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan only.")] = False,
+) -> None:
+    """Train one model on this machine: one rank a GPU, or 2 CPU ranks.
+
+    The same command again continues from the newest checkpoint. Ctrl-C saves and stops.
+
+    [dim]shoal train[/dim]
+    [dim]shoal train pretrain_dense.yaml name=wide model.width=1024 optim.lr=6e-4[/dim]
+    [dim]shoal train pretrain_moe.yaml --hostfile hosts --dry-run[/dim]
+    """
+    from shoal.launcher.run import launch, make_order
+
+    launch(make_order(words or (), hostfile=hostfile, dry_run=dry_run))
+
+
+@app.command(rich_help_panel="Do")
+def study(config: Config, overrides: Overrides = None) -> None:
+    """Train all arms of a study alike, compare them at its budgets, write the report.
+
+    Stages that exist are kept; after a kill the same command goes on.
+
+    [dim]shoal study studies/demo.yaml[/dim]
+    [dim]shoal study my_study.yaml 'seeds=[0,1,2]'[/dim]
+    """
+    from shoal.launcher.study import run_study
+
+    run_study(config, overrides or ())
+
+
+@app.command(rich_help_panel="Do")
+def demo(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]", help="Of the study.")
+    ] = None,
+) -> None:
+    """Go the whole way on the shipped sample corpus: dense, MoE and distilled models, one report.
+
+    [dim]shoal demo[/dim]
+    """
+    from shoal.launcher.study import demo as run_demo
+
+    run_demo(overrides or ())
+
+
+@app.command(rich_help_panel="Do")
+def compare(
+    exports: Annotated[list[Path], typer.Argument(help="Folders of exports, two or more.")],
+    budget: Annotated[
+        list[str],
+        typer.Option(
+            metavar="AXIS=TARGET",
+            help="resident_bytes=250MB, active_flops_per_token=2e8, kv_bytes_per_token=24kB, ...; "
+            "conditions after commas: resident_bytes=250MB,precision=int8,context=2048",
+        ),
+    ],
+    tasks: Annotated[Path, typer.Option(metavar="YAML", help="What to score: see tasks.yaml.")],
+    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("reports/compare"),
+) -> None:
+    """Compare models that exist at inference budgets: ours, or any Hugging Face folder.
+
+    [dim]shoal compare runs/*/export --budget resident_bytes=250MB --tasks tasks.yaml[/dim]
+    """
+    from shoal.configs.load import load_config
+    from shoal.configs.study import TasksConfig
+    from shoal.launcher.budgets import parse_budgets
+    from shoal.launcher.study import compare_exports
+
+    compare_exports(exports, parse_budgets(budget), load_config(TasksConfig, tasks), out)
+
+
+@app.command(rich_help_panel="Do")
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, for example runs/default.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16: precision of the weights.")] = "fp32",
+) -> None:
+    """Write a run's newest checkpoint as a Hugging Face folder, proven equal before it exists.
+
+    [dim]shoal export runs/default export/default --dtype bf16[/dim]
+    """
+    from shoal.configs.errors import ConfigError
+
+    if dtype not in ("fp32", "bf16"):
+        raise ConfigError(f"{dtype!r} is neither fp32 nor bf16", where="--dtype")
+    from shoal.launcher.training import export_run
+
+    report = export_run(run, out, dtype)
+    print(f"exported {out}: logits equal to {report.max_logit_difference:.1e}")
+
+
+@app.command(rich_help_panel="Do")
+def generate(
+    export: Export,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
+    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="0: all tokens.")] = 50,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Let an export continue a text.
+
+    [dim]shoal generate export/default "The results suggest" --temperature 0[/dim]
+    """
+    from shoal.launcher.training import generate as generate_text
+
+    print(generate_text(export, prompt, max_new_tokens, temperature, top_k, seed))
+
+
+@app.command(rich_help_panel="Look")
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    precision: Annotated[str, typer.Option(help="fp32, bf16, int8 or int4.")] = "bf16",
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens; default: the row's.")] = None,
+) -> None:
+    """Show shape, memory and FLOPs of the model a config describes; nothing is started.
+
+    [dim]shoal plan pretrain_dense.yaml model.vocab_size=50304[/dim]
+    [dim]shoal plan pretrain_moe.yaml --precision int8 --context 4096[/dim]
+    """
+    from shoal.configs.load import load_config
+    from shoal.configs.schema import RunConfig
+    from shoal.launcher.plan import shape_table
+    from shoal.launcher.tables import show
+
+    loaded = load_config(RunConfig, config, overrides or ())
+    show(shape_table(loaded, context or loaded.model.context, precision))
+
+
+@app.command(rich_help_panel="Look")
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Folder that holds runs.")] = Path("runs"),
+) -> None:
+    """List runs: how far each is, its newest loss and checkpoint.
+
+    [dim]shoal runs[/dim]
+    """
+    from shoal.launcher.tables import runs_table, show
+
+    show(runs_table(folder))
+
+
+@app.command(rich_help_panel="Look")
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A run, checkpoint, shards, export or report.")],
+) -> None:
+    """Say what a folder is and what is in it.
+
+    [dim]shoal inspect runs/default[/dim]
+    [dim]shoal inspect data/samples/train[/dim]
+    """
+    from shoal.launcher.tables import inspect_path, show
+
+    show(inspect_path(path))
+
+
+@app.command(rich_help_panel="Look")
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a report, for example reports/demo.")],
+) -> None:
+    """Print a report's verdict, and write its Markdown and HTML again from report.json.
+
+    [dim]shoal report reports/demo[/dim]
+    """
+    from shoal.eval.report import write_report
+    from shoal.launcher.tables import read_report
+
+    write_report(read_report(folder), folder)
+    print((folder / "report.md").read_text(encoding="utf-8"))
+
+
+@shards_app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Shards of one split, e.g. data/samples/train.")],
+) -> None:
+    """Read every shard and compare it with its recorded hash; a broken one is named.
+
+    [dim]shoal shards verify data/samples/train[/dim]
+    """
+    from shoal.data_pipeline.shards import read_manifest
+    from shoal.data_pipeline.shards import verify as verify_shards
+
+    verify_shards(folder)
+    print(f"{folder}: {len(read_manifest(folder).shards)} shards, all as written")
+
+
+@shards_app.command(name="show")
+def show_shards(
+    folder: Annotated[Path, typer.Argument(help="Shards of one split, e.g. data/samples/train.")],
+) -> None:
+    """Show a manifest: counts, sources, domains, what was dropped and why.
+
+    [dim]shoal shards show data/samples/train[/dim]
+    """
+    from shoal.launcher.tables import shards_table, show
+
+    show(shards_table(folder))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line, print one screen about a failure, and exit with its code."""
+    from shoal.launcher.screen import guard
+
+    sys.exit(guard(lambda: _run(argv)))
+
+
+def _run(argv: list[str] | None) -> None:
+    """Run typer; usage errors, which only it knows how to show, exit here."""
+    try:
+        app(args=argv, prog_name="shoal", standalone_mode=False)
+    except typer.Abort:  # its word for Ctrl-C
+        raise KeyboardInterrupt from None
+    except Exception as error:
+        # The classes of usage errors moved between click and typer; their two members did not.
+        if isinstance(error, ShoalError) or not hasattr(error, "show"):
+            raise
+        error.show()
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
