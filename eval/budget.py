@@ -1,0 +1,216 @@
+"""Inference budgets: every axis measured on the built model, and shapes solved to a target."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from shoal.configs.errors import ConfigError
+from shoal.configs.schema import ModelConfig
+from shoal.configs.study import SOLVED_AXES, BudgetConfig, MatchConfig
+from shoal.eval.candidate import Candidate, ShapeFacts
+from shoal.eval.latency import Latency
+from shoal.trainer.cost import flops_per_token, kv_bytes_per_token, resident_bytes
+
+UNITS = {
+    "active_flops_per_token": "FLOPs",
+    "resident_bytes": "bytes",
+    "kv_bytes_per_token": "bytes",
+    "latency_ms": "ms",
+    "tokens_per_second": "tokens/s",
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One axis of one model against its target."""
+
+    axis: str
+    target: float
+    measured: float
+    formula: float | None
+    """What the arithmetic says; None for timings, and for models the arithmetic does not know."""
+    deviation: float
+    """(measured - target) / target."""
+    within: bool
+
+    def as_tree(self) -> dict[str, Any]:
+        """Return a tree for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A shape the solver looked at."""
+
+    model: ModelConfig
+    value: float
+    deviation: float
+    stretch: float
+    """How far feed-forward over width is from the template's, as |log ratio|."""
+
+
+def measure_cost(
+    source: Candidate | ShapeFacts,
+    budget: BudgetConfig,
+    *,
+    model: ModelConfig | None = None,
+    latency: Latency | None = None,
+) -> Measured:
+    """Measure one axis on the built model, under the budget's conditions.
+
+    Args:
+        source: The model, or what was measured of it at the budget's context.
+        budget: Axis, target and conditions.
+        model: Its configuration, for the formula beside the measurement.
+        latency: Timings under the budget's conditions; needed for the timed axes.
+    """
+    facts = source.shape_facts(budget.context) if isinstance(source, Candidate) else source
+    if budget.axis == "active_flops_per_token":
+        value = facts.flops_per_token
+    elif budget.axis == "resident_bytes":
+        value = facts.resident_bytes(budget.precision)
+    elif budget.axis == "kv_bytes_per_token":
+        value = facts.kv_bytes_per_token(budget.precision)
+    elif latency is None:
+        raise ConfigError(f"axis {budget.axis} needs timings", where="budget")
+    elif budget.axis == "latency_ms":
+        value = latency.decode_ms.median
+    else:
+        value = latency.decode_tokens_per_second
+    solved = model is not None and budget.axis in SOLVED_AXES
+    formula = compute_cost(model, budget) if solved and model is not None else None
+    return check_match(budget, value, formula)
+
+
+def check_match(budget: BudgetConfig, measured: float, formula: float | None = None) -> Measured:
+    """Compare a value with a budget's target; a match is two-sided."""
+    deviation = (measured - budget.target) / budget.target
+    within = abs(deviation) <= budget.tolerance
+    return Measured(budget.axis, budget.target, measured, formula, deviation, within)
+
+
+def compute_cost(model: ModelConfig, budget: BudgetConfig) -> float:
+    """Return what the arithmetic says of a shape on the budget's axis.
+
+    Raises:
+        ConfigError: the axis can only be measured.
+    """
+    if budget.axis == "active_flops_per_token":
+        return float(flops_per_token(model, budget.context).total)
+    if budget.axis == "resident_bytes":
+        return float(resident_bytes(model, budget.precision))
+    if budget.axis == "kv_bytes_per_token":
+        return float(kv_bytes_per_token(model, budget.precision))
+    raise ConfigError(
+        f"axis {budget.axis} can only be measured, not computed",
+        where="budget",
+        fix=f"solve for one of {', '.join(SOLVED_AXES)}",
+    )
+
+
+def scoring_precision(budgets: Mapping[str, BudgetConfig]) -> str:
+    """Return the precision quality is scored at: what the byte budget assumes, else the first.
+
+    Raises:
+        ConfigError: byte budgets disagree, or models cannot be scored at that precision yet.
+    """
+    named = {b.precision for b in budgets.values() if b.axis == "resident_bytes"}
+    if len(named) > 1:
+        raise ConfigError(
+            f"byte budgets assume different precisions ({', '.join(sorted(named))}); "
+            "quality is scored at one",
+            where="budgets",
+            fix="give them one precision",
+        )
+    precision = named.pop() if named else next(iter(budgets.values())).precision
+    if precision not in ("fp32", "bf16"):
+        raise ConfigError(
+            f"quality cannot be scored at {precision} yet, and scoring at another precision than "
+            "the budget assumes would not be fair",
+            where="budgets",
+            fix="precision fp32 or bf16",
+        )
+    return precision
+
+
+def solve_shape(template: ModelConfig, budget: BudgetConfig, match: MatchConfig) -> ModelConfig:
+    """Return the shape that meets a budget: widths to try x feed-forward width (of one expert).
+
+    For every width the feed-forward width nearest to the target is found; among the shapes within
+    tolerance the one proportioned most like the template wins, then the nearer one.
+
+    Args:
+        template: Everything that is not free; `vocab_size` must be known.
+        budget: Axis and target.
+        match: Widths to try and the step of the feed-forward width.
+
+    Raises:
+        ConfigError: no shape is within tolerance; names the nearest.
+    """
+    shapes = [
+        shape
+        for width in match.widths or (template.width,)
+        for shape in _shapes_of_width(template, width, budget, match.hidden_multiple)
+    ]
+    if not shapes:
+        raise ConfigError(
+            f"none of the widths {', '.join(map(str, match.widths))} can be a model: "
+            f"{template.num_heads} heads must divide the width",
+            where="match.widths",
+        )
+    met = [shape for shape in shapes if abs(shape.deviation) <= budget.tolerance]
+    if met:
+        return min(met, key=lambda s: (round(s.stretch, 3), abs(s.deviation))).model
+    nearest = min(shapes, key=lambda shape: abs(shape.deviation))
+    model = nearest.model
+    raise ConfigError(
+        f"no shape meets {budget.axis} = {budget.target:,.0f} within {budget.tolerance:.1%}; "
+        f"the nearest is {nearest.value:,.0f} ({nearest.deviation:+.1%}) with width "
+        f"{model.width}, hidden {model.feed_forward}, {model.num_layers} layers",
+        where="budget",
+        fix="change the target, match.widths, match.hidden_multiple, num_layers or num_experts",
+    )
+
+
+def _shapes_of_width(
+    template: ModelConfig, width: int, budget: BudgetConfig, step: int
+) -> Iterator[Shape]:
+    """Yield the nearest shapes of one width, below and above the target."""
+    base = _with_width(template, width)
+    if base is None:
+        return
+    proportion = template.feed_forward / template.width
+    # Every solved axis is linear in the feed-forward width: two points give the line.
+    low = compute_cost(_with_hidden(base, step), budget)
+    slope = compute_cost(_with_hidden(base, 2 * step), budget) - low
+    if slope:
+        steps = (budget.target - low) / slope + 1
+        hidden = {max(1, math.floor(steps)) * step, max(1, math.ceil(steps)) * step}
+    else:
+        hidden = {max(1, round(proportion * width / step)) * step if width != template.width
+                  else template.feed_forward}  # fmt: skip
+    for size in sorted(hidden):
+        model = _with_hidden(base, size)
+        value = compute_cost(model, budget)
+        deviation = (value - budget.target) / budget.target
+        yield Shape(model, value, deviation, abs(math.log(size / width / proportion)))
+
+
+def _with_width(template: ModelConfig, width: int) -> ModelConfig | None:
+    """Return the template at another width, or None where no valid model has it."""
+    if width == template.width:
+        return template
+    try:
+        return ModelConfig.model_validate(template.model_dump() | {"width": width})
+    except ValueError:  # heads do not divide it; the caller names all widths when none is left
+        return None
+
+
+def _with_hidden(model: ModelConfig, hidden: int) -> ModelConfig:
+    if model.moe:
+        moe = model.moe.model_copy(update={"hidden": hidden})
+        return model.model_copy(update={"moe": moe})
+    return model.model_copy(update={"hidden": hidden})

@@ -1,0 +1,301 @@
+"""The comparison: finished arms in, one report out, the same rules for every arm.
+
+Every axis is measured on the built export under the budget's conditions, quality is scored at the
+precision the byte budget assumes, and every pair of arms is tested on every task.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shoal.configs.errors import ConfigError
+from shoal.configs.study import BudgetConfig, TasksConfig
+from shoal.eval.budget import Measured, measure_cost, scoring_precision
+from shoal.eval.cache import ResultCache
+from shoal.eval.calibration import calibrate
+from shoal.eval.contamination import COMMON_DOCUMENTS, GRAM, Overlap
+from shoal.eval.evaluation import Conditions, Contestant, Evaluator
+from shoal.eval.inputs import ArmInput, References, TrainingTexts
+from shoal.eval.latency import Latency, describe_machine
+from shoal.eval.pairs import ArmScores, compare_pairs, describe_scores
+from shoal.eval.spending import cost_curve, describe_training, total_ledger
+from shoal.eval.tasks.catalogue import load_tasks
+from shoal.eval.tasks.task import Task
+from shoal.eval.verdict import reach_verdict
+
+Progress = Callable[[str, int, int | None], None]
+
+SCHEMA = 1
+TIMED_AXES = ("latency_ms", "tokens_per_second")
+
+
+def compare(
+    arms: Sequence[ArmInput],
+    budgets: Mapping[str, BudgetConfig],
+    tasks: TasksConfig,
+    *,
+    name: str = "comparison",
+    primary_task: str | None = None,
+    references: References | None = None,
+    training_texts: TrainingTexts | None = None,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Compare arms at their budgets and return the report.
+
+    Args:
+        arms: Contestants, each with one export a seed.
+        budgets: By name; an arm that names none is held against the first.
+        tasks: What to score.
+        name: Of the study.
+        primary_task: Task that decides; None: the first.
+        references: Rows a model must at least beat.
+        training_texts: The corpus, to search test items in; None: not searched, and said so.
+        cache: Folder for results; a second comparison of the same exports takes seconds.
+        progress: Called with (label, done, total).
+
+    Returns:
+        A tree that `report_schema.json` describes.
+
+    Raises:
+        ConfigError: names that do not fit together, or conditions a model cannot meet.
+        DataError: a task file or an export is missing or broken.
+    """
+    loaded = load_tasks(tasks)
+    primary = primary_task or loaded[0].name
+    _check_names(arms, budgets, [task.name for task in loaded], primary)
+    precision = scoring_precision(budgets)
+    contestants = [Contestant(arm) for arm in arms]
+    _check_context(contestants, budgets, tasks)
+    evaluator = Evaluator(
+        loaded,
+        precision=precision,
+        context=tasks.context,
+        cache=ResultCache(cache),
+        progress=progress,
+    )
+    scores = [evaluator.arm_scores(one) for one in contestants]
+    timings = _time_all(evaluator, contestants, budgets)
+    rows = [
+        _describe_arm(evaluator, one, scored, budgets, timings)
+        for one, scored in zip(contestants, scores, strict=True)
+    ]
+    pairs = [
+        pair for task in loaded for pair in compare_pairs(task, [one[task.name] for one in scores])
+    ]
+    reference_rows = evaluator.reference_rows(references or References(), contestants[0].first)
+    contamination = _search(evaluator, training_texts, rows, scores)
+    report = {
+        "schema": SCHEMA,
+        "study": {"name": name, "primary_task": primary, "tasks": _describe_tasks(loaded)},
+        "environment": describe_machine()
+        | {
+            "scoring": f"weights rounded to {precision}, arithmetic fp32",
+            "window": tasks.context,
+            "latency": "plain transformers, eager, arms taking turns",
+            "same_tokenizer": len({evaluator.tokenizer_hash(c.first) for c in contestants}) == 1,
+        },
+        "budgets": [{"name": key, **budget.model_dump()} for key, budget in budgets.items()],
+        "verdict": reach_verdict(rows, pairs, reference_rows, primary),
+        "arms": rows,
+        "references": reference_rows,
+        "pairs": pairs,
+        "ledger": total_ledger(arms),
+        "cost_curve": cost_curve(rows),
+        "calibration": _calibrate(loaded, scores),
+        "contamination": contamination,
+    }
+    check_report(report)
+    return report
+
+
+def check_report(report: Mapping[str, Any]) -> None:
+    """Validate a report against the published schema.
+
+    Raises:
+        ConfigError: names the first place that does not fit.
+    """
+    import jsonschema
+
+    schema = json.loads(Path(__file__).with_name("report_schema.json").read_text("utf-8"))
+    problem = jsonschema.exceptions.best_match(
+        jsonschema.Draft202012Validator(schema).iter_errors(report)
+    )
+    if problem:
+        raise ConfigError(f"not a valid report: {problem.message}", where=problem.json_path)
+
+
+def _check_names(
+    arms: Sequence[ArmInput], budgets: Mapping[str, BudgetConfig], tasks: list[str], primary: str
+) -> None:
+    names = [arm.name for arm in arms]
+    if not names or not budgets:
+        raise ConfigError("a comparison needs at least one arm and one budget")
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"two arms are called {name!r}")
+    for arm in arms:
+        if arm.match is not None and arm.match not in budgets:
+            raise ConfigError(
+                f"no budget named {arm.match!r}; there are {', '.join(budgets)}",
+                where=f"arm {arm.name}",
+            )
+    if primary not in tasks:
+        raise ConfigError(
+            f"no task named {primary!r}; there are {', '.join(tasks)}", where="primary_task"
+        )
+
+
+def _check_context(
+    contestants: Sequence[Contestant], budgets: Mapping[str, BudgetConfig], tasks: TasksConfig
+) -> None:
+    """Refuse conditions a model cannot meet before anything is scored."""
+    wanted = {f"budget {name}": budget.context for name, budget in budgets.items()}
+    if tasks.context:
+        wanted["tasks.context"] = tasks.context
+    for one in contestants:
+        for place, context in wanted.items():
+            if context > one.first.context:
+                raise ConfigError(
+                    f"a context of {context} tokens is longer than the {one.first.context} of "
+                    f"{one.arm.name}",
+                    where=place,
+                    fix="lower it; all arms are measured alike",
+                )
+
+
+def _time_all(
+    evaluator: Evaluator, contestants: Sequence[Contestant], budgets: Mapping[str, BudgetConfig]
+) -> dict[Conditions, dict[str, Latency]]:
+    """Time all arms under the first budget's conditions, and under those of timed budgets."""
+    wanted = [Conditions.of(next(iter(budgets.values())))]
+    wanted += [Conditions.of(b) for b in budgets.values() if b.axis in TIMED_AXES]
+    timings = {c: evaluator.latencies(contestants, c) for c in dict.fromkeys(wanted)}
+    for one in contestants:
+        one.first.release()
+    return timings
+
+
+def _describe_arm(
+    evaluator: Evaluator,
+    contestant: Contestant,
+    scores: Mapping[str, ArmScores],
+    budgets: Mapping[str, BudgetConfig],
+    timings: Mapping[Conditions, Mapping[str, Latency]],
+) -> dict[str, Any]:
+    """Return one arm's part of the report."""
+    arm, candidate = contestant.arm, contestant.first
+    measured = {
+        key: _measure(evaluator, contestant, budget, timings) for key, budget in budgets.items()
+    }
+    own = arm.match or next(iter(budgets))
+    first = next(iter(budgets.values()))
+    facts = evaluator.shape_facts(candidate, first.context)
+    latency = timings[Conditions.of(first)][arm.name]
+    return {
+        "name": arm.name,
+        "kind": arm.kind,
+        "matched": {"budget": own, **measured[own].as_tree()},
+        "budgets": {key: value.as_tree() for key, value in measured.items()},
+        "parameters": {"total": facts.total, "active": facts.active, "embedding": facts.embedding},
+        "inference": {
+            "conditions": {
+                "precision": first.precision,
+                "context": first.context,
+                "batch": first.batch,
+            },
+            "flops_per_token": facts.flops_per_token,
+            "bytes_resident": facts.resident_bytes(first.precision),
+            "kv_bytes_per_token": facts.kv_bytes_per_token(first.precision),
+            "latency_ms": {
+                "prefill": latency.prefill_ms.as_tree(),
+                "decode": latency.decode_ms.as_tree(),
+                "unstable": latency.unstable,
+            },
+            "tokens_per_second": {
+                "prefill": latency.prefill_tokens_per_second,
+                "decode": latency.decode_tokens_per_second,
+            },
+        },
+        "training": describe_training(arm),
+        "tasks": {task.name: describe_scores(task, scores[task.name]) for task in evaluator.tasks},
+        "export": str(arm.exports[0].folder),
+        "exports": [
+            {"path": str(export.folder), "seed": export.seed, "hash": member.hash}
+            for export, member in zip(arm.exports, contestant.candidates, strict=True)
+        ],
+        "provenance": dict(arm.exports[0].provenance),
+    }
+
+
+def _measure(
+    evaluator: Evaluator,
+    contestant: Contestant,
+    budget: BudgetConfig,
+    timings: Mapping[Conditions, Mapping[str, Latency]],
+) -> Measured:
+    timed = timings.get(Conditions.of(budget), {}).get(contestant.arm.name)
+    facts = evaluator.shape_facts(contestant.first, budget.context)
+    return measure_cost(facts, budget, model=contestant.arm.model, latency=timed)
+
+
+def _describe_tasks(tasks: Sequence[Task]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": task.name,
+            "kind": task.kind,
+            "version": task.version,
+            "metric": task.metric,
+            "higher_is_better": task.higher_is_better,
+            "items": len(task.item_ids()),
+            "file_hash": task.file_hash,
+        }
+        for task in tasks
+    ]
+
+
+def _calibrate(
+    tasks: Sequence[Task], scores: Sequence[Mapping[str, ArmScores]]
+) -> dict[str, dict[str, Any]]:
+    """Calibration of every arm's first training on every BrainBench task."""
+    found = {}
+    for task in tasks:
+        if task.kind == "brainbench":
+            firsts = {s[task.name].arm: s[task.name].trainings[0] for s in scores}
+            found[task.name] = {
+                arm: calibrate(first.numerator, first.detail["confidence"])
+                for arm, first in firsts.items()
+            }
+    return found
+
+
+def _search(
+    evaluator: Evaluator,
+    training: TrainingTexts | None,
+    rows: Sequence[dict[str, Any]],
+    scores: Sequence[Mapping[str, ArmScores]],
+) -> dict[str, Any]:
+    """Search the tasks in the training text, and add each arm's value without what was found."""
+    rule = {"ngram": GRAM, "ignored_above_documents": COMMON_DOCUMENTS}
+    if training is None:
+        return {"searched": False, **rule, "documents": None, "tasks": {}}
+    found: dict[str, Any] = {}
+    documents = 0
+    for task in evaluator.tasks:
+        overlap = Overlap(**evaluator.overlap(training, task))
+        documents = overlap.documents
+        marked = set(overlap.contaminated)
+        ids = task.item_ids()
+        found[task.name] = {
+            "items": len(ids),
+            "contaminated": len(marked),
+            "ids": [ids[number] for number in sorted(marked)],
+        }
+        for row, scored in zip(rows, scores, strict=True):
+            row["tasks"][task.name]["without_contaminated"] = scored[task.name].mean.value_without(
+                marked
+            )
+    return {"searched": True, **rule, "documents": documents, "tasks": found}

@@ -1,0 +1,197 @@
+"""Measured latency: prefill and decode of every arm on this machine, arms taking turns.
+
+Turns, because a machine's speed drifts: whatever disturbs one round disturbs all arms alike.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import torch
+
+from shoal.configs.errors import ConfigError
+from shoal.eval.candidate import Candidate
+
+Progress = Callable[[str, int, int | None], None]
+
+REPEATS = 20
+WARM_UP = 2
+DECODE_STEPS = 8
+UNSTABLE_SHARE = 0.25  # quartile distance over median above which a timing is marked
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median and quartiles of a timing, in ms."""
+
+    median: float
+    low: float
+    high: float
+    repeats: int
+
+    @property
+    def unstable(self) -> bool:
+        """Whether the quartiles are too far apart to lean on the median."""
+        return (self.high - self.low) / self.median > UNSTABLE_SHARE
+
+    def as_tree(self) -> dict[str, Any]:
+        """Return a tree for JSON."""
+        return asdict(self) | {"unstable": self.unstable}
+
+
+@dataclass(frozen=True)
+class Latency:
+    """How long a model takes at one precision, context and batch."""
+
+    prefill_ms: Timing
+    """Reading a context of `context` - `decode_steps` tokens, all rows of the batch."""
+    decode_ms: Timing
+    """One more token for every row of the batch."""
+    prefill_tokens: int
+    batch: int
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Tokens made in a second, all rows together."""
+        return 1000 * self.batch / self.decode_ms.median
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Tokens read in a second, all rows together."""
+        return 1000 * self.batch * self.prefill_tokens / self.prefill_ms.median
+
+    @property
+    def unstable(self) -> bool:
+        """Whether either timing is."""
+        return self.prefill_ms.unstable or self.decode_ms.unstable
+
+    def as_tree(self) -> dict[str, Any]:
+        """Return a tree for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_tree(cls, tree: dict[str, Any]) -> Latency:
+        """Read back what `as_tree` wrote."""
+        timings = {key: Timing(**tree[key]) for key in ("prefill_ms", "decode_ms")}
+        return cls(**{**tree, **timings})
+
+
+def measure_latencies(
+    candidates: Mapping[str, Candidate],
+    *,
+    precision: str,
+    context: int,
+    batch: int,
+    repeats: int = REPEATS,
+    progress: Progress | None = None,
+) -> dict[str, Latency]:
+    """Time all candidates in turns, as plain `transformers` runs them (no CUDA graphs).
+
+    Args:
+        candidates: By name.
+        precision: fp32 or bf16, weights and arithmetic.
+        context: Tokens in context when the last token is decoded.
+        batch: Rows decoded together.
+        repeats: Rounds that count, after warm-up.
+        progress: Called with (label, rounds done, rounds in all).
+
+    Raises:
+        ConfigError: the context is too short to decode in, or longer than a model's.
+    """
+    steps = min(DECODE_STEPS, context // 2)
+    if steps < 2:
+        raise ConfigError(f"latency needs a context of at least 4 tokens, not {context}")
+    for name, candidate in candidates.items():
+        if context > candidate.context:
+            raise ConfigError(
+                f"a context of {context} tokens is longer than the model's {candidate.context}",
+                where=name,
+                fix="lower the budget's context",
+            )
+    models = {name: candidate.model(precision) for name, candidate in candidates.items()}
+    prefills: dict[str, list[float]] = {name: [] for name in models}
+    decodes: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(WARM_UP + repeats):
+        for name, model in models.items():
+            prefill, decode = _time_once(model, batch, context - steps, steps)
+            if turn >= WARM_UP:
+                prefills[name].append(prefill)
+                decodes[name].append(decode)
+        if progress:
+            progress("latency", turn + 1, WARM_UP + repeats)
+    return {
+        name: Latency(_summary(prefills[name]), _summary(decodes[name]), context - steps, batch)
+        for name in models
+    }
+
+
+@torch.inference_mode()
+def _time_once(model: torch.nn.Module, batch: int, prefill: int, steps: int) -> tuple[float, float]:
+    """Return ms of one prefill, and the median ms of the decode steps after it."""
+    device = next(model.parameters()).device
+    vocab = int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+    ids = torch.arange(batch * prefill, device=device).remainder(vocab).view(batch, prefill)
+    _wait(device)
+    begun = time.perf_counter()
+    output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    _wait(device)
+    read = (time.perf_counter() - begun) * 1000
+    times = []
+    for _ in range(steps):
+        chosen = output.logits[:, -1:].argmax(dim=-1)
+        _wait(device)
+        begun = time.perf_counter()
+        output = model(
+            input_ids=chosen,
+            past_key_values=output.past_key_values,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        _wait(device)
+        times.append((time.perf_counter() - begun) * 1000)
+    return read, float(np.median(times[1:]))  # the first one still pays for the prefill's caches
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _summary(times: list[float]) -> Timing:
+    low, median, high = np.percentile(times, [25, 50, 75])
+    return Timing(float(median), float(low), float(high), len(times))
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return what timings depend on: device, threads, versions."""
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = _processor() or platform.machine()
+    return {
+        "device": device,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": metadata.version("transformers"),
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        return ""
+    return ""
