@@ -164,6 +164,7 @@ def _raise_failure(
     stops = [o for o in outcomes.values() if o.kind == StoppedOnRequest.__name__]
     if watcher.signal and (silent or failures) and not stops:
         raise _interrupted(watcher.signal)
+    silent = [rank for rank in silent if rank not in watcher.ended_by_us] or silent
     for rank in silent:
         code = exit_codes.get(rank, 0)
         if code < 0 and code != -signal.SIGTERM and rank not in watcher.ended_by_us:
@@ -212,6 +213,7 @@ class _Watcher:
         self._interrupts = 0
         self._told: set[int] = set()
         self._ranks: dict[int, int] = {}  # rank -> pidfd: a process id alone may be reused
+        self._gone: set[int] = set()
         self._failed_at: float | None = None
         self._ancestors = [fd for pid in watch if (fd := _open_process(pid)) is not None]
         self._over = threading.Event()
@@ -245,8 +247,11 @@ class _Watcher:
             if self._ancestors and _any_gone(self._ancestors):
                 self.signal = self.signal or signal.SIGTERM
             for rank, pid in read_pids(self._folder).items():
-                if rank not in self._ranks and (fd := _open_process(pid)) is not None:
-                    self._ranks[rank] = fd
+                if rank not in self._ranks and rank not in self._gone:
+                    if (descriptor := _open_process(pid)) is None:
+                        self._gone.add(rank)
+                    else:
+                        self._ranks[rank] = descriptor
             if self.signal:
                 self._send(signal.SIGTERM, self._ranks.keys() - self._told)
                 self._told |= self._ranks.keys()
@@ -255,9 +260,10 @@ class _Watcher:
 
     def _failed_long_ago(self) -> bool:
         """Whether some rank failed, and the others had time to notice by themselves."""
-        outcomes = read_outcomes(self._folder)
-        failed = any(outcome.is_failure for outcome in outcomes.values()) or any(
-            rank not in outcomes and _any_gone([fd]) for rank, fd in self._ranks.items()
+        self._gone |= {rank for rank, fd in self._ranks.items() if _any_gone([fd])}
+        outcomes = read_outcomes(self._folder)  # after that: a rank leaves word before it goes
+        failed = bool(self._gone - outcomes.keys()) or any(
+            outcome.is_failure for outcome in outcomes.values()
         )
         if failed and self._failed_at is None:
             self._failed_at = time.monotonic()

@@ -1,0 +1,123 @@
+"""Hostfiles: what is read, and every way in which one is refused."""
+
+from __future__ import annotations
+
+import base64
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shoal.configs.errors import ConfigError
+from shoal.launcher.hosts import Host, hosts_of_deepspeed, is_local, local_slots, read_hostfile
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "hosts"
+    file.write_text(text)
+    return file
+
+
+def test_reads_names_and_slots(tmp_path: Path) -> None:
+    text = "# two machines\n\nnode-1 slots=4\n  node_2.example.org\tslots = 8   # big one\n"
+    assert read_hostfile(write(tmp_path, text)) == [
+        Host("node-1", 4),
+        Host("node_2.example.org", 8),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        ("localhost\n", 1, "expected `NAME slots=N`"),
+        ("localhost slots=\n", 1, "expected `NAME slots=N`"),
+        ("localhost slots=4x\n", 1, "expected `NAME slots=N`"),
+        ("localhost slots=2 max_slots=4\n", 1, "expected `NAME slots=N`"),
+        ("localhost slots=-1\n", 1, "expected `NAME slots=N`"),
+        ("localhost slots=0\n", 1, "not between 1 and"),
+        ("localhost slots=999999\n", 1, "not between 1 and"),
+        ("# fine\na slots=1\nb slots=1\nA slots=2\n", 4, "A is named twice (first in line 2)"),
+        ("-oProxyCommand=touch${IFS}/tmp/x slots=1\n", 1, "is no host name"),
+        ("good slots=1\n-oProxyCommand=true slots=1\n", 2, "is no host name"),
+        ("a;reboot slots=1\n", 1, "is no host name"),
+        ("$(reboot) slots=1\n", 1, "is no host name"),
+        ("`id` slots=1\n", 1, "is no host name"),
+        ("root@node slots=1\n", 1, "is no host name"),
+        ("node:22 slots=1\n", 1, "is no host name"),
+        ("../node slots=1\n", 1, "is no host name"),
+        ("node- slots=1\n", 1, "is no host name"),
+        (f"{'n' * 300} slots=1\n", 1, "is no host name"),
+        ("kn\u00f6ten slots=1\n", 1, "is no host name"),
+    ],
+)
+def test_bad_line_is_named(text: str, line: int, message: str, tmp_path: Path) -> None:
+    file = write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        read_hostfile(file)
+    assert message in caught.value.cause
+    assert caught.value.where == f"{file}:{line}"
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "# nobody\n"])
+def test_empty_file_is_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="names no host"):
+        read_hostfile(write(tmp_path, text))
+
+
+def test_missing_or_unreadable_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such hostfile") as caught:
+        read_hostfile(tmp_path / "hosts")
+    assert caught.value.fix is not None
+    assert "localhost slots=2" in caught.value.fix
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_hostfile(tmp_path)
+    (tmp_path / "hosts").write_bytes(b"\xff\xfe slots=1")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_hostfile(tmp_path / "hosts")
+
+
+@pytest.mark.parametrize("name", ["localhost", "LOCALHOST", "127.0.0.1", socket.gethostname()])
+def test_this_machine_is_local(name: str) -> None:
+    assert is_local(name)
+
+
+@pytest.mark.parametrize("name", ["192.0.2.7", "no-such-host.invalid"])
+def test_other_machines_are_not_local(name: str) -> None:
+    assert not is_local(name)
+
+
+def test_slots_of_this_machine() -> None:
+    assert local_slots([Host("localhost", 3)], where="hosts") == 3
+
+
+def test_other_machines_are_refused_never_replaced() -> None:
+    with pytest.raises(ConfigError) as caught:
+        local_slots([Host("localhost", 2), Host("192.0.2.7", 4)], where="hosts")
+    text = str(caught.value)
+    assert "another machine than this one: 192.0.2.7" in text
+    assert "several hosts is not built yet" in text
+    assert "localhost slots=6" in text
+
+
+def test_this_machine_under_two_names_is_refused() -> None:
+    with pytest.raises(ConfigError, match="names this machine 2 times"):
+        local_slots([Host("localhost", 2), Host("127.0.0.1", 2)], where="hosts")
+
+
+def test_no_deepspeed_no_hosts() -> None:
+    assert hosts_of_deepspeed() == []
+
+
+def test_a_rank_learns_what_deepspeed_was_told(tmp_path: Path) -> None:
+    """The launcher's command line is all a rank can look at; imitate one that starts a rank."""
+    info = base64.urlsafe_b64encode(json.dumps({"far-away": [0, 1]}).encode()).decode()
+    rank = "from shoal.launcher.hosts import hosts_of_deepspeed as f; print(f())"
+    launcher = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[-1]])"
+    command = [sys.executable, "-c", launcher]
+    command += ["deepspeed.launcher.launch", f"--world_info={info}", rank]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[Host(name='far-away', slots=2)]"

@@ -1,0 +1,347 @@
+"""The documented command: its words, its dry run, its three forms, one job of exactly N ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from shoal.configs.errors import ConfigError
+from shoal.configs.load import load_config
+from shoal.configs.schema import RunConfig
+from shoal.launcher.plan import plan_batch
+from shoal.launcher.run import parse_order
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = str(ROOT / "launcher" / "run.py")
+DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
+
+# Stands in for shoal.launcher.training in the ranks, by way of sitecustomize: what is tested here
+# is who is started, how, and how it ends.
+FAKE_TRAINING = """
+import json, os, sys, time, types
+
+def train(configs, world):
+    facts = {
+        "names": [config.name for config in configs],
+        "steps": configs[0].steps,
+        "rank": [world.rank, world.num_ranks, world.local_rank, world.local_ranks],
+        "device": str(world.device),
+        "port": os.environ["MASTER_PORT"],
+        "threads": os.environ["OMP_NUM_THREADS"],
+        "pid": os.getpid(),
+        "path": sys.path[0],
+    }
+    with open(os.path.join(os.environ["RECORDS"], f"{os.getpid()}.json"), "w") as file:
+        json.dump(facts, file)
+    mode = os.environ.get("FAKE", "")
+    from shoal.configs.errors import DataError, StoppedOnRequest
+    if mode == "data" and world.rank == 1:
+        raise DataError("shard is corrupt", where="shard.00001.mds", fix="shoal shards verify")
+    while mode in ("stop", "data"):
+        if world.stop.requested and mode == "stop":
+            raise StoppedOnRequest("step 7 of 9 is saved")
+        time.sleep(0.05)
+
+module = types.ModuleType("shoal.launcher.training")
+module.train = train
+sys.modules["shoal.launcher.training"] = module
+"""
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> dict[str, str]:
+    """Environment in which ranks train in pretence and leave a record each."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(FAKE_TRAINING)
+    (tmp_path / "records").mkdir()
+    # Given a hostfile, DeepSpeed itself asks the first host by ssh whether it is there and for its
+    # address, also if it is this machine: answer as a reachable host would.
+    ssh = site / "ssh"
+    ssh.write_text("#!/bin/sh\necho 127.0.0.1\n")
+    ssh.chmod(0o755)
+    return os.environ | {
+        "PYTHONPATH": str(site),
+        "PATH": f"{site}{os.pathsep}{os.environ['PATH']}",
+        "RECORDS": str(tmp_path / "records"),
+    }
+
+
+def hostfile(tmp_path: Path, slots: int = 2) -> str:
+    file = tmp_path / "hosts"
+    file.write_text(f"localhost slots={slots}\n")
+    return str(file)
+
+
+def records(stage: dict[str, str]) -> list[dict[str, object]]:
+    found = [json.loads(file.read_text()) for file in Path(stage["RECORDS"]).glob("*.json")]
+    return sorted(found, key=lambda record: record["rank"])
+
+
+def wait_for_records(stage: dict[str, str], count: int) -> list[dict[str, object]]:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            if len(found := records(stage)) == count:
+                return found
+        except ValueError:  # one is being written
+            pass
+        time.sleep(0.1)
+    raise AssertionError(f"{len(records(stage))} ranks instead of {count}")
+
+
+def wait_until_gone(pids: list[int], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline, "ranks outlived their job"
+        time.sleep(0.05)
+
+
+def run(command: list[str], stage: dict[str, str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, env=stage, cwd=cwd, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def start(command: list[str], stage: dict[str, str], cwd: Path) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=stage, cwd=cwd, stdout=pipe, stderr=pipe, text=True)
+
+
+# Words.
+
+
+def test_without_words_the_default_config() -> None:
+    order = parse_order([])
+    assert (order.configs, order.overrides, order.hostfile) == (("default.yaml",), (), None)
+
+
+def test_words_in_any_order() -> None:
+    order = parse_order(
+        ["--local_rank=1", "optim.lr=1e-3", "--hostfile", "h", "runs/lr=3/config.yaml", "--dry-run"]
+    )
+    assert order.configs == ("runs/lr=3/config.yaml",)
+    assert order.overrides == ("optim.lr=1e-3",)
+    assert (order.hostfile, order.dry_run, order.worker) == ("h", True, False)
+
+
+def test_two_configs_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"one config at a time, not 2: a\.yaml, b\.yaml"):
+        parse_order(["a.yaml", "b.yaml"])
+    assert parse_order(["--worker", "a.yaml", "b.yaml"]).configs == ("a.yaml", "b.yaml")
+
+
+@pytest.mark.parametrize(
+    ("rows", "micro", "ranks", "micro_batches", "padded"),
+    [(32, 8, 2, 2, 0), (32, 8, 3, 2, 16), (16, 8, 1, 2, 0), (5, 2, 3, 1, 1), (1, 4, 2, 1, 7)],
+)
+def test_batch_is_dealt_in_whole_micro_batches(
+    rows: int, micro: int, ranks: int, micro_batches: int, padded: int
+) -> None:
+    overrides = [f"train.batch_rows={rows}", f"train.micro_batch_rows={micro}"]
+    plan = plan_batch(load_config(RunConfig, "default.yaml", overrides), ranks)
+    assert (plan.micro_batches, plan.padded_rows) == (micro_batches, padded)
+    assert plan.ranks * plan.micro_batches * plan.micro_rows == plan.rows + plan.padded_rows
+
+
+# Dry run.
+
+
+def test_dry_run_says_everything_and_starts_nothing(stage: dict[str, str], tmp_path: Path) -> None:
+    words = ["--dry-run", "--hostfile", hostfile(tmp_path, 3), "train.batch_rows=20", "name=dry"]
+    done = run([sys.executable, RUN, *words], stage, tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines()[1:])
+    assert lines["run"] == "dry -> runs/dry"
+    assert lines["ranks"].startswith("3 ranks on ")
+    assert lines["ranks"].endswith(": 0=cpu 1=cpu 2=cpu")
+    assert lines["batch"] == ("20 rows = 5,120 tokens a step; each rank 1 x 8 rows; 4 padded rows")
+    assert lines["steps"] == "196"
+    assert lines["tokens"] == "1,003,520 (1,000,000 asked for)"
+    assert lines["data"] == "data/samples/train"
+    assert "--nproc-per-node=3" in lines["command"]
+    assert lines["command"].endswith("--worker default.yaml train.batch_rows=20 name=dry")
+    assert records(stage) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hosts", "records", "site"]
+
+
+@pytest.mark.slow
+def test_dry_run_under_deepspeed_is_said_once(stage: dict[str, str], tmp_path: Path) -> None:
+    command = [DEEPSPEED, "--num_gpus", "2", RUN, "--hostfile", hostfile(tmp_path), "--dry-run"]
+    done = run(command, stage, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("dry run: nothing is started") == 1
+    assert records(stage) == []
+
+
+# The three forms.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["script's hostfile", "deepspeed's hostfile", "python"])
+def test_all_forms_start_one_job_of_exactly_that_many_ranks(
+    form: str, stage: dict[str, str], tmp_path: Path
+) -> None:
+    hosts = hostfile(tmp_path, 2)
+    command = {
+        # One process more than DeepSpeed would start here: the second one must leave.
+        "script's hostfile": [DEEPSPEED, "--num_gpus", "2", RUN, "--hostfile", hosts],
+        "deepspeed's hostfile": [DEEPSPEED, "--hostfile", hosts, RUN],
+        "python": [sys.executable, RUN, "--hostfile", hosts],
+    }[form]
+    done = run(command, stage, tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = records(stage)
+    assert [record["rank"] for record in found] == [[0, 2, 0, 2], [1, 2, 1, 2]]
+    assert Counter(tuple(record["names"]) for record in found) == {("default",): 2}  # type: ignore[arg-type]
+    assert len({record["port"] for record in found}) == 1
+    assert {record["device"] for record in found} == {"cpu"}
+    assert all(record["path"] != str(ROOT / "launcher") for record in found)
+
+
+@pytest.mark.slow
+def test_deepspeeds_hostfile_without_ssh(stage: dict[str, str], tmp_path: Path) -> None:
+    """As docs/install.md says it, for machines that nobody can reach by ssh."""
+    without_ssh = ["--no_ssh_check", "--master_addr", "127.0.0.1"]
+    command = [DEEPSPEED, *without_ssh, "--hostfile", hostfile(tmp_path), RUN]
+    done = run(command, stage | {"PATH": os.environ["PATH"]}, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [record["rank"] for record in records(stage)] == [[0, 2, 0, 2], [1, 2, 1, 2]]
+
+
+@pytest.mark.slow
+def test_plain_form_one_of_the_documentation(stage: dict[str, str], tmp_path: Path) -> None:
+    words = ["--hostfile", hostfile(tmp_path, 3), "train.tokens=4096", "world.threads=2"]
+    done = run([DEEPSPEED, RUN, *words], stage, tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = records(stage)
+    assert [record["rank"] for record in found] == [[n, 3, n, 3] for n in range(3)]
+    assert {record["steps"] for record in found} == {1}
+    assert {record["threads"] for record in found} == {"2"}
+
+
+def test_without_hostfile_the_config_says_how_many(stage: dict[str, str], tmp_path: Path) -> None:
+    done = run([sys.executable, RUN, "world.ranks=1", "name=one"], stage, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [record["rank"] for record in records(stage)] == [[0, 1, 0, 1]]
+
+
+# Bad input and ends.
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("far-away.invalid slots=2\n", "not built yet"),
+        ("-oProxyCommand=true slots=2\n", "no host name"),
+        ("localhost slots=2\nlocalhost slots=2\n", "named twice"),
+        ("", "names no host"),
+        (None, "no such hostfile"),
+    ],
+)
+def test_bad_hostfile_ends_with_one_screen(
+    text: str | None, message: str, stage: dict[str, str], tmp_path: Path
+) -> None:
+    file = tmp_path / "hosts"
+    if text is not None:
+        file.write_text(text)
+    done = run([sys.executable, RUN, "--hostfile", str(file)], stage, tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "fix: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert records(stage) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["script's hostfile", "deepspeed's hostfile"])
+def test_other_hosts_are_refused_under_deepspeed(
+    form: str, stage: dict[str, str], tmp_path: Path
+) -> None:
+    """DeepSpeed starts a hostfile of one other machine on this one; our ranks do not train it."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("192.0.2.7 slots=1\n")
+    script_first = [DEEPSPEED, RUN, "--hostfile", str(hosts)]
+    done = run(
+        script_first if form == "script's hostfile" else [DEEPSPEED, "--hostfile", str(hosts), RUN],
+        stage,
+        tmp_path,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "not built yet" in done.stderr
+    assert records(stage) == []
+
+
+@pytest.mark.parametrize("words", [["optim.leanr=1"], ["nope.yaml"], ["train.tokens=0"]])
+def test_bad_config_is_found_before_ranks_start(
+    words: list[str], stage: dict[str, str], tmp_path: Path
+) -> None:
+    done = run([sys.executable, RUN, "--hostfile", hostfile(tmp_path), *words], stage, tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert records(stage) == []
+
+
+def test_error_of_a_rank_is_the_error_of_the_job(stage: dict[str, str], tmp_path: Path) -> None:
+    checkpoint = tmp_path / "runs" / "default" / "checkpoints" / "step-00000100"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    command = [sys.executable, RUN, "--hostfile", hostfile(tmp_path)]
+    done = run(command, stage | {"FAKE": "data"}, tmp_path)
+    assert done.returncode == 3
+    assert "error: shard.00001.mds: shard is corrupt" in done.stderr
+    assert "failed first: rank 1 on " in done.stderr
+    assert "fix: shoal shards verify" in done.stderr
+    assert "newest checkpoint: runs/default/checkpoints/step-00000100" in done.stderr
+    assert "Traceback" not in done.stderr
+    wait_until_gone([record["pid"] for record in records(stage)], 1)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_lets_the_ranks_save(
+    number: signal.Signals, stage: dict[str, str], tmp_path: Path
+) -> None:
+    command = [sys.executable, RUN, "--hostfile", hostfile(tmp_path)]
+    job = start(command, stage | {"FAKE": "stop"}, tmp_path)
+    pids = [record["pid"] for record in wait_for_records(stage, 2)]
+    job.send_signal(number)
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == 5
+    assert "stopped: step 7 of 9 is saved" in err
+    wait_until_gone(pids, 1)  # type: ignore[arg-type]
+
+
+def test_killed_launcher_leaves_no_ranks(stage: dict[str, str], tmp_path: Path) -> None:
+    command = [sys.executable, RUN, "--hostfile", hostfile(tmp_path)]
+    job = start(command, stage | {"FAKE": "stop"}, tmp_path)
+    pids = [record["pid"] for record in wait_for_records(stage, 2)]
+    job.kill()
+    job.wait()
+    wait_until_gone(pids, 5)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["script's hostfile", "deepspeed's hostfile"])
+def test_killed_deepspeed_runner_stops_the_job(
+    form: str, stage: dict[str, str], tmp_path: Path
+) -> None:
+    """DeepSpeed's own launcher would run on, adopted by init, and so would every rank."""
+    hosts = hostfile(tmp_path)
+    script_first = [DEEPSPEED, RUN, "--hostfile", hosts]
+    job = start(
+        script_first if form == "script's hostfile" else [DEEPSPEED, "--hostfile", hosts, RUN],
+        stage | {"FAKE": "stop"},
+        tmp_path,
+    )
+    pids = [record["pid"] for record in wait_for_records(stage, 2)]
+    job.kill()
+    wait_until_gone(pids, 20)  # type: ignore[arg-type]
+    job.communicate(timeout=30)

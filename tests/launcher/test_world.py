@@ -1,0 +1,126 @@
+"""Who am I: environments of three launchers, and stop requests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from shoal.configs.errors import ConfigError
+from shoal.launcher.world import (
+    RANK_VARIABLES,
+    StopRequest,
+    World,
+    resolve_threads,
+    under_foreign_launcher,
+    usable_cores,
+)
+
+
+@pytest.fixture(autouse=True)
+def no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in RANK_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "")  # detect() sets it: give it back afterwards
+
+
+def test_alone_without_a_launcher() -> None:
+    world = World.detect()
+    assert (world.rank, world.num_ranks, world.local_rank, world.local_ranks) == (0, 1, 0, 1)
+    assert str(world.device) == "cpu"
+    assert not under_foreign_launcher()
+
+
+def test_deepspeed_says_local_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1, "LOCAL_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    world = World.detect()
+    assert (world.rank, world.num_ranks, world.local_rank, world.local_ranks) == (3, 4, 1, 2)
+    assert os.environ["LOCAL_WORLD_SIZE"] == "2"
+    assert under_foreign_launcher()
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "2", "WORLD_SIZE": "2"},
+        {"RANK": "one", "WORLD_SIZE": "2"},
+        {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"},
+        {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "2"},
+    ],
+)
+def test_contradictions_are_refused(
+    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError):
+        World.detect()
+
+
+def test_threads_are_shared_out() -> None:
+    assert resolve_threads("auto", 1) == usable_cores()
+    assert resolve_threads("auto", 10_000) == 1
+    assert resolve_threads(3, 10_000) == 3
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from shoal.configs.errors import PreflightError
+    from shoal.launcher import world
+
+    monkeypatch.setattr(world, "count_gpus", lambda: 1)
+    assert world.check_devices(1) == "cuda"
+    with pytest.raises(PreflightError, match="2 ranks on this machine, but it has 1 GPU"):
+        world.check_devices(2)
+
+
+def test_a_polled_stop_is_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = StopRequest()
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        stop.install((signal.SIGHUP,))
+        assert not stop.requested
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_stop_nobody_polls_ends_the_process() -> None:
+    stop = StopRequest()
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        stop.install((signal.SIGHUP,))
+        with pytest.raises(SystemExit) as caught:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert caught.value.code == 128 + signal.SIGHUP
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        StopRequest().install((signal.SIGHUP,))
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_end_of_a_watched_process_is_a_stop() -> None:
+    stop = StopRequest()
+    watched = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    stop.request_when_gone([watched.pid])
+    assert not stop.requested
+    watched.kill()
+    deadline = time.monotonic() + 10
+    while not stop.requested and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert stop.requested
+    watched.wait()
