@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -106,3 +107,38 @@ def test_overrides_are_within_what_we_declare(setup: configparser.ConfigParser) 
     wanted = declared(setup["options"]["install_requires"])
     for name, bounds in requirements("overrides.txt").items():
         assert wanted.get(name, bounds) == bounds
+
+
+def needs(name: str) -> set[str]:
+    """What an installed distribution needs here, without extras."""
+    from importlib.metadata import requires
+
+    found = [Requirement(line) for line in requires(name) or []]
+    wanted = [r for r in found if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return {r.name.lower().replace("_", "-").replace(".", "-") for r in wanted}
+
+
+def closure(names: set[str]) -> set[str]:
+    """The distributions and all that they need."""
+    found: set[str] = set()
+    while waiting := names - found:
+        found |= waiting
+        names = {other for name in waiting for other in needs(name)}
+    return found
+
+
+def test_tested_set_is_complete_without_a_resolver(setup: configparser.ConfigParser) -> None:
+    """docs/install.md installs it with pip --no-deps, after torch with its own dependencies."""
+    wanted = set(declared(setup["options"]["install_requires"]))
+    wanted |= set(declared(setup["options.extras_require"]["dev"]))
+    assert closure(wanted) - closure({"torch"}) <= set(requirements("constraints.txt"))
+
+
+def test_commands_of_the_documentation_exist() -> None:
+    text = (ROOT / "docs" / "install.md").read_text()
+    for file in ("constraints.txt", "overrides.txt", "launcher/run.py"):
+        assert file in text
+        assert (ROOT / file).is_file()
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`make (?:[A-Z]+=\S+ )?(\w+)`", text):
+        assert f"\n{target}:" in makefile
