@@ -1,0 +1,245 @@
+"""The manifest: what a folder of shards holds, what it was made from, and proof of both."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from shoal.configs.errors import ConfigError, DataError
+from shoal.data_pipeline.tokenizer import Tokenizer
+
+MANIFEST = "manifest.json"
+INDEX = "index.json"
+COUNTS = "counts.npy"
+DROPPED = "dropped.jsonl"
+
+_REMAKE = "prepare the corpus again, or take the folder from a good copy"
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SourceFacts(_Facts):
+    """One source, as read."""
+
+    path: str
+    files: int
+    sha256: str
+    """Over names and contents of its files; of a `datasets` source over what was read."""
+    documents: int
+    """Documents taken from it into this split."""
+    bytes: int
+    """UTF-8 bytes of their text."""
+    dropped: int
+    """Records of it that were broken."""
+
+
+class DroppedFacts(_Facts):
+    """Records that were left out of the sources of this split; all are in dropped.jsonl."""
+
+    total: int
+    reasons: dict[str, int]
+    examples: tuple[str, ...]
+
+
+class ShardFacts(_Facts):
+    """One shard: the file on disk, and its content once unpacked."""
+
+    file: str
+    bytes: int
+    sha256: str
+    rows: int
+    raw_bytes: int
+    raw_sha256: str
+
+
+class Manifest(_Facts):
+    """What one split of prepared shards is."""
+
+    schema_version: Literal[1] = 1
+    prepare_key: str
+    """Of everything that determines these bytes; see `shards.prepare`."""
+    rows: int
+    tokens: int
+    """Targets in all rows: tokens of every document, and one end of text each."""
+    text_bytes: int
+    """UTF-8 bytes of all documents."""
+    documents: int
+    context: int
+    tokenizer_fingerprint: str
+    vocab_size: int
+    eot_id: int
+    dtype: Literal["uint16", "uint32"]
+    compression: Literal["zstd"] | None
+    config: dict[str, Any]
+    sources: tuple[SourceFacts, ...]
+    dropped: DroppedFacts
+    domains: dict[str, int]
+    """Documents of each domain label."""
+    shards: tuple[ShardFacts, ...]
+    files: dict[str, str]
+    """SHA-256 of every other file of the folder."""
+    shards_hash: str
+    """Identity of the rows: SHA-256 over the shards' unpacked contents, in order."""
+
+    def to_json(self) -> str:
+        """Return the text of manifest.json: the facts, and a hash that makes changes show."""
+        tree = self.model_dump(mode="json")
+        tree["manifest_sha256"] = _hash_tree(tree)
+        return json.dumps(tree, indent=1, sort_keys=True) + "\n"
+
+
+def hash_shards(raw_hashes: list[str]) -> str:
+    """Return the identity of rows stored in shards of these contents."""
+    return hashlib.sha256("\n".join(raw_hashes).encode()).hexdigest()
+
+
+def _hash_tree(tree: dict[str, Any]) -> str:
+    text = json.dumps(tree, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Read and check the manifest of a folder of shards; the shards are not touched.
+
+    Raises:
+        DataError: no manifest, not ours, altered, or of another schema version.
+    """
+    file = Path(folder) / MANIFEST
+    if not file.is_file():
+        raise DataError(
+            "no shards there: manifest.json is missing",
+            where=folder,
+            fix="name the folder of one split, such as data/corpus/train; shoal prepare writes it",
+        )
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        stated = tree.pop("manifest_sha256")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise DataError(f"not a manifest of shards: {error!r}", where=file, fix=_REMAKE) from None
+    if tree.get("schema_version") != 1:
+        raise DataError(
+            f"has schema version {tree.get('schema_version')!r}; this Shoal reads 1", where=file
+        )
+    if _hash_tree(tree) != stated:
+        raise DataError("was altered after it was written", where=file, fix=_REMAKE)
+    try:
+        manifest = Manifest.model_validate(tree)
+    except ValidationError as error:
+        raise DataError(f"not a manifest of shards: {error}", where=file) from None
+    for shard in manifest.shards:
+        if Path(shard.file).name != shard.file or shard.file.startswith("."):
+            raise DataError(f"names a shard outside its folder: {shard.file!r}", where=file)
+    return manifest
+
+
+def verify(folder: str | Path) -> Manifest:
+    """Read every byte of a folder of shards and check it against the manifest.
+
+    Returns:
+        The manifest, now proven.
+
+    Raises:
+        DataError: names the first file that is missing, cut, altered, or not listed.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    for shard in manifest.shards:
+        check_shard(folder, shard)
+    for name, expected in manifest.files.items():
+        file = folder / name
+        if not file.is_file():
+            raise DataError("is missing", where=file, fix=_REMAKE)
+        if hash_file(file) != expected:
+            raise DataError("was altered after it was written", where=file, fix=_REMAKE)
+    listed = {shard.file for shard in manifest.shards} | {MANIFEST} | set(manifest.files)
+    for file in sorted(folder.iterdir()):
+        if file.name not in listed:
+            raise DataError("is in the folder but not in its manifest", where=file)
+    rows = sum(shard.rows for shard in manifest.shards)
+    if rows != manifest.rows or hash_shards([s.raw_sha256 for s in manifest.shards]) != (
+        manifest.shards_hash
+    ):
+        raise DataError("its counts do not agree with its shards", where=folder / MANIFEST)
+    return manifest
+
+
+def check_shard(folder: Path, shard: ShardFacts) -> None:
+    """Check that a shard is there, whole and as written.
+
+    Raises:
+        DataError: names the shard.
+    """
+    file = folder / shard.file
+    try:
+        size = file.stat().st_size
+    except OSError:
+        raise DataError("shard is missing", where=file, fix=_REMAKE) from None
+    if size != shard.bytes:
+        raise DataError(f"shard has {size} bytes instead of {shard.bytes}", where=file, fix=_REMAKE)
+    if hash_file(file) != shard.sha256:
+        raise DataError(
+            "shard is corrupt: its SHA-256 is not the manifest's", where=file, fix=_REMAKE
+        )
+
+
+def check_context(manifest: Manifest, context: int) -> None:
+    """Check that a model of this context fits the rows.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if context > manifest.context:
+        raise ConfigError(
+            f"context {context} is longer than the rows, which hold {manifest.context} tokens",
+            where="model.context",
+            fix=f"prepare the corpus with context={context}, "
+            f"or set model.context={manifest.context}",
+        )
+    if context < manifest.context:
+        raise ConfigError(
+            f"context {context} is shorter than the rows, which hold {manifest.context} tokens",
+            where="model.context",
+            fix=f"set model.context={manifest.context}, or prepare with context={context}",
+        )
+
+
+def check_tokenizer(manifest: Manifest, tokenizer: Tokenizer) -> None:
+    """Check that ids mean the same to a tokenizer as to the shards.
+
+    Raises:
+        DataError: they do not.
+    """
+    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
+        raise DataError(
+            f"the tokenizer is not the one the shards were written with (fingerprint "
+            f"{tokenizer.fingerprint[:12]}, the shards have {manifest.tokenizer_fingerprint[:12]})",
+            fix="use the tokenizer folder beside the shards, or prepare the corpus with this one",
+        )
+
+
+def token_counts(folder: str | Path) -> np.ndarray:
+    """Return how often each token is a target in a split: unigram counts.  # (vocab,) int64
+
+    Raises:
+        DataError: missing or altered.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    file = folder / COUNTS
+    if not file.is_file() or hash_file(file) != manifest.files.get(COUNTS):
+        raise DataError("token counts are missing or were altered", where=file, fix=_REMAKE)
+    counts: np.ndarray = np.load(file, allow_pickle=False)
+    return counts
