@@ -1,0 +1,196 @@
+"""What shards are made from: source hashes, the key they add up to, and the manifest of it all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from shoal.configs.corpus import PrepareConfig, SourceConfig
+from shoal.configs.errors import DataError
+from shoal.data_pipeline.layout import ShardPlan, open_layout
+from shoal.data_pipeline.manifest import (
+    COUNTS,
+    DROPPED,
+    INDEX,
+    DroppedFacts,
+    Manifest,
+    ShardFacts,
+    SourceFacts,
+    hash_file,
+    hash_shards,
+)
+from shoal.data_pipeline.sources import EXAMPLES, list_files, resolve_path
+from shoal.data_pipeline.tokenizer import Tokenizer
+from shoal.data_pipeline.tokens import Read, Split, token_type
+
+STATS = ".sources.json"
+
+_FORMAT = 1  # raise it when the same corpus and config would give other bytes
+_CHANGES_NOTHING = {"name", "output", "processes", "max_dropped_share"}
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "encoder.json",
+    "vocab.bpe",
+)  # fmt: skip
+
+
+class SourceHashes:
+    """SHA-256 of the files of a corpus; a file of known size and time is not read again."""
+
+    def __init__(self, known: Path | None = None) -> None:
+        self._known: dict[str, list] = {}
+        self._seen: dict[str, list] = {}
+        if known is not None and known.is_file():
+            self._known = json.loads(known.read_text(encoding="utf-8"))
+
+    def hash_source(self, source: SourceConfig) -> tuple[str, int, int]:
+        """Return the hash over names and contents of a source's files, their number and size."""
+        total = hashlib.sha256()
+        files = list_files(source)
+        size = 0
+        for file in files:
+            total.update(f"{file.name}\n{self._hash_file(file.path)}\n".encode())
+            size += file.path.stat().st_size
+        return total.hexdigest(), len(files), size
+
+    def _hash_file(self, path: Path) -> str:
+        stat = path.stat()
+        facts = [stat.st_size, stat.st_mtime_ns]
+        name = str(path.resolve())
+        if self._known.get(name, [])[:2] != facts:
+            self._known[name] = [*facts, hash_file(path)]
+        self._seen[name] = self._known[name]
+        return str(self._known[name][2])
+
+    def save(self, file: Path) -> None:
+        """Remember what was hashed."""
+        file.write_text(json.dumps(self._seen), encoding="utf-8")
+
+
+def settled_config(config: PrepareConfig) -> dict[str, Any]:
+    """Return the part of a config that determines the bytes of tokenizer and shards."""
+    tree = config.model_dump(mode="json")
+    return {key: value for key, value in tree.items() if key not in _CHANGES_NOTHING}
+
+
+def corpus_bytes(config: PrepareConfig, hashes: SourceHashes) -> int | None:
+    """Return the size of the sources on disk; None if some are not files here."""
+    sources = [*config.train, *config.validation]
+    found = [hashes.hash_source(source) for source in sources]
+    return sum(size for _, _, size in found) if all(count for _, count, _ in found) else None
+
+
+def prepare_key(config: PrepareConfig, hashes: SourceHashes) -> str:
+    """Return a hash of everything that determines what `prepare` writes.
+
+    A `datasets` source that is not a folder on this machine counts by its name alone.
+
+    Raises:
+        DataError: a source or the given tokenizer is missing.
+    """
+    facts = {
+        "format": _FORMAT,
+        "config": settled_config(config),
+        "sources": [hashes.hash_source(s)[0] for s in (*config.train, *config.validation)],
+        "tokenizer": _hash_tokenizer(config.tokenizer.path),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _hash_tokenizer(path: str | None) -> list[str]:
+    if path is None:
+        return []
+    given = Path(resolve_path(path)).expanduser()
+    if given.is_file():
+        files = [given, given.parent / "tokenizer_config.json"]
+    else:
+        files = [given / name for name in _TOKENIZER_FILES]
+    hashes = [f"{file.name} {hash_file(file)}" for file in files if file.is_file()]
+    if not hashes:
+        raise DataError("no tokenizer there", where=path)
+    return hashes
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a corpus is prepared from, by hash."""
+
+    key: str
+    hashes: SourceHashes
+
+
+def stored_file(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return what an entry of MDS's index says of the file on disk."""
+    stored: dict[str, Any] = entry["zip_data"] or entry["raw_data"]
+    return stored
+
+
+def make_manifest(
+    config: PrepareConfig,
+    origin: Origin,
+    split: Split,
+    tokenizer: Tokenizer,
+    plan: ShardPlan,
+    entries: list[dict[str, Any]],
+    folder: Path,
+) -> Manifest:
+    """State what a split holds; its other files lie in `folder`, its shards are `entries`."""
+    shards = tuple(_shard_facts(entry) for entry in entries)
+    domains = sum((read.domains for read in split.sources), Counter[str]())
+    return Manifest(
+        prepare_key=origin.key,
+        rows=plan.rows,
+        tokens=open_layout(plan).tokens,
+        text_bytes=sum(read.bytes for read in split.sources),
+        documents=split.documents,
+        context=plan.context,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        eot_id=tokenizer.eot_id,
+        dtype=cast(Literal["uint16", "uint32"], token_type(tokenizer.vocab_size).name),
+        compression=config.compression,
+        config=settled_config(config),
+        sources=tuple(_source_facts(read, origin.hashes) for read in split.sources),
+        dropped=_dropped_facts(split),
+        domains=dict(sorted(domains.items())),
+        shards=shards,
+        files={name: hash_file(folder / name) for name in (COUNTS, DROPPED, INDEX)},
+        shards_hash=hash_shards([shard.raw_sha256 for shard in shards]),
+    )
+
+
+def _shard_facts(entry: dict[str, Any]) -> ShardFacts:
+    stored, raw = stored_file(entry), entry["raw_data"]
+    return ShardFacts(
+        file=stored["basename"],
+        bytes=stored["bytes"],
+        sha256=stored["hashes"]["sha256"],
+        rows=entry["samples"],
+        raw_bytes=raw["bytes"],
+        raw_sha256=raw["hashes"]["sha256"],
+    )
+
+
+def _source_facts(read: Read, hashes: SourceHashes) -> SourceFacts:
+    sha256, files, _ = hashes.hash_source(read.source)
+    return SourceFacts(
+        path=read.source.path,
+        files=files,
+        sha256=sha256 if files else read.content,
+        documents=read.documents,
+        bytes=read.bytes,
+        dropped=read.dropped.total,
+    )
+
+
+def _dropped_facts(split: Split) -> DroppedFacts:
+    reasons = sum((read.dropped.reasons for read in split.sources), Counter[str]())
+    examples = [example for read in split.sources for example in read.dropped.examples]
+    return DroppedFacts(
+        total=reasons.total(),
+        reasons=dict(sorted(reasons.items())),
+        examples=tuple(examples[:EXAMPLES]),
+    )

@@ -1,0 +1,345 @@
+"""Corpus to shards: `prepare`, the door to mosaicml-streaming, whose MDS format they are in.
+
+Everything is done in a folder aside, of which each finished piece is kept over a kill; it is
+verified and renamed into place in one step, so that shards are either absent or whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import sys
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shoal.configs.corpus import PrepareConfig
+from shoal.configs.errors import ConfigError, DataError, PreflightError
+from shoal.data_pipeline.layout import ShardPlan, open_layout, open_tokens, plan_split
+from shoal.data_pipeline.manifest import (
+    COUNTS,
+    DROPPED,
+    INDEX,
+    MANIFEST,
+    Manifest,
+    check_context,
+    check_tokenizer,
+    read_manifest,
+    token_counts,
+    verify,
+)
+from shoal.data_pipeline.packing import find_targets
+from shoal.data_pipeline.provenance import (
+    STATS,
+    Origin,
+    SourceHashes,
+    corpus_bytes,
+    make_manifest,
+    prepare_key,
+    settled_config,
+    stored_file,
+)
+from shoal.data_pipeline.rows import Rows
+from shoal.data_pipeline.sources import resolve_path
+from shoal.data_pipeline.tokenizer import Tokenizer
+from shoal.data_pipeline.tokens import (
+    Progress,
+    Split,
+    choose_texts,
+    encode_corpus,
+    save_array,
+    token_type,
+    training_texts,
+)
+from shoal.data_pipeline.workers import Pool, choose_processes
+
+__all__ = [
+    "Manifest",
+    "Prepared",
+    "Rows",
+    "check_context",
+    "check_tokenizer",
+    "prepare",
+    "read_manifest",
+    "token_counts",
+    "training_texts",
+    "verify",
+]
+
+TOKENIZER, TRAIN, VALIDATION = "tokenizer", "train", "validation"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Where a prepared corpus lies."""
+
+    output: Path
+    tokenizer: Path
+    train: Path
+    validation: Path | None
+
+
+def prepare(config: PrepareConfig, progress: Progress | None = None) -> Prepared:
+    """Turn a corpus into a tokenizer and shards, unless that is done already.
+
+    The same corpus and config give the same bytes, by however many processes, and also when the
+    work was interrupted: started again, it goes on with what is there.
+
+    Args:
+        config: Sources, tokenizer, row length.
+        progress: Told (what, done, total) now and then; total None where it is unknown.
+
+    Raises:
+        DataError: sources missing, empty or broken beyond `max_dropped_share`.
+        ConfigError: the output folder holds something else.
+        PreflightError: the disk is full, or a worker was killed.
+    """
+    report = progress or _silent
+    output = Path(config.output)
+    hashes = SourceHashes(output / STATS)
+    key = prepare_key(config, hashes)
+    if _is_done(config, output, key):
+        return _prepared(config, output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with _hold_lock(output, report), _name_full_disk(output):
+        if not _is_done(config, output, key):
+            work = output.parent / f".partial-{output.name}-{key[:16]}"
+            _remove_stale(output, work)
+            work.mkdir(exist_ok=True)
+            processes = choose_processes(config.processes, corpus_bytes(config, hashes))
+            with Pool(processes) as pool:
+                _build(config, Origin(key, hashes), work, pool, report)
+            hashes.save(work / STATS)
+            _publish(work, output)
+    return _prepared(config, output)
+
+
+def _silent(what: str, done: int, total: int | None) -> None:
+    """Report progress to nobody."""
+
+
+def _prepared(config: PrepareConfig, output: Path) -> Prepared:
+    validation = output / VALIDATION if config.validation or config.validation_share else None
+    return Prepared(output, output / TOKENIZER, output / TRAIN, validation)
+
+
+def _is_done(config: PrepareConfig, output: Path, key: str) -> bool:
+    """Whether `output` holds what the config asks for; anything else there is refused."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return False
+    if not (output / TRAIN / MANIFEST).is_file():
+        raise ConfigError(
+            "exists and holds no prepared corpus",
+            where=output,
+            fix="choose another output=..., or remove it",
+        )
+    found = read_manifest(output / TRAIN)
+    if found.prepare_key == key:
+        return True
+    old, new = found.config, settled_config(config)
+    changed = [name for name in new if old.get(name) != new[name]] or ["the source files"]
+    raise ConfigError(
+        f"holds shards of another corpus: {', '.join(changed)} changed since",
+        where=output,
+        fix=f"choose another output=..., or remove the old one: rm -r {output}",
+    )
+
+
+@contextlib.contextmanager
+def _hold_lock(output: Path, progress: Progress) -> Iterator[None]:
+    """Let one process prepare an output at a time; the others wait and find it done."""
+    with (output.parent / f".{output.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress("wait for another process that prepares this corpus", 0, None)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _name_full_disk(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise PreflightError(
+            "the disk is full",
+            where=output.parent,
+            fix="make room and run the same command again: what is done is kept",
+        ) from None
+
+
+def _remove_stale(output: Path, work: Path) -> None:
+    """Remove unfinished work on other versions of this output."""
+    for folder in output.parent.glob(f".partial-{output.name}-" + "[0-9a-f]" * 16):
+        if folder != work:
+            shutil.rmtree(folder)
+
+
+def _build(
+    config: PrepareConfig, origin: Origin, work: Path, pool: Pool, progress: Progress
+) -> None:
+    """Make what is missing of tokenizer and splits in the folder aside."""
+    tokenizer = _settle_tokenizer(config, work / TOKENIZER, progress)
+    names = [TRAIN, VALIDATION] if config.validation or config.validation_share else [TRAIN]
+    if all((work / name / MANIFEST).is_file() for name in names):
+        return
+    splits = encode_corpus(config, work / TOKENIZER, work / "tokens", pool, progress)
+    for split in splits:
+        if not (work / split.name / MANIFEST).is_file():
+            _write_split(config, origin, split, tokenizer, work, pool, progress)
+
+
+def _publish(work: Path, output: Path) -> None:
+    """Prove the finished folder, make it durable, and give it its name."""
+    for name in (TRAIN, VALIDATION):
+        if (work / name).is_dir():
+            verify(work / name)
+    for folder in work.iterdir():
+        if folder.is_dir() and folder.name not in (TOKENIZER, TRAIN, VALIDATION):
+            shutil.rmtree(folder)
+    for folder in (*(f for f in work.iterdir() if f.is_dir()), work):
+        _sync_folder(folder)
+    work.rename(output)
+    _sync_folder(output.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    for path in (*(p for p in folder.iterdir() if p.is_file()), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _settle_tokenizer(config: PrepareConfig, folder: Path, progress: Progress) -> Tokenizer:
+    """Load the given tokenizer or train one; it is saved in `folder`, whole or not at all."""
+    if folder.is_dir():
+        return Tokenizer.load(folder)
+    if config.tokenizer.path is not None:
+        tokenizer = Tokenizer.load(Path(resolve_path(config.tokenizer.path)).expanduser())
+    else:
+        assert config.tokenizer.vocab_size is not None
+        progress("train tokenizer: read text", 0, None)
+        texts = choose_texts(training_texts(config), config.tokenizer.max_train_bytes)
+        if not texts:
+            raise DataError("the corpus holds no documents", where=config.train[0].path)
+        progress("train tokenizer: find merges", 0, None)
+        tokenizer = Tokenizer.train(texts, config.tokenizer.vocab_size)
+        progress("train tokenizer: find merges", 1, 1)
+    aside = folder.with_name(f"{folder.name}.new")
+    tokenizer.save(aside)
+    aside.rename(folder)
+    return Tokenizer.load(folder)
+
+
+def _write_split(
+    config: PrepareConfig,
+    origin: Origin,
+    split: Split,
+    tokenizer: Tokenizer,
+    work: Path,
+    pool: Pool,
+    progress: Progress,
+) -> None:
+    """Pack the tokens of a split into shards, and write its manifest last."""
+    plan = plan_split(config, split, tokenizer, work / f"{split.name}.{split.identity}")
+    # A worker takes seconds to import streaming: not for a single shard.
+    writers = pool if plan.shards > 1 else Pool(1)
+    written = writers.map(write_shard, ((plan, number) for number in range(plan.shards)))
+    for done, _ in enumerate(written, 1):
+        progress(f"write {split.name} shards", done, plan.shards)
+    folder = work / f"{split.name}.new"
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    folder.mkdir()
+    entries = [json.loads(plan.part_file(n).read_text()) for n in range(plan.shards)]
+    for entry in entries:
+        name = stored_file(entry)["basename"]
+        os.link(plan.folder / name, folder / name)
+    _write_side_files(plan, split, entries, folder)
+    manifest = make_manifest(config, origin, split, tokenizer, plan, entries, folder)
+    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    folder.rename(work / split.name)
+
+
+def write_shard(plan: ShardPlan, number: int) -> None:
+    """Write one MDS shard, its index entry and its token counts, unless they are there."""
+    part = plan.part_file(number)
+    if part.is_file():
+        return
+    first = number * plan.shard_rows
+    last = min(first + plan.shard_rows, plan.rows)
+    dtype = token_type(plan.vocab_size)
+    tokens = open_layout(plan).fill(first, last, plan.eot, open_tokens(plan).read, dtype)
+    counts = np.zeros(plan.vocab_size, dtype=np.int64)
+    for start in range(0, len(tokens), 4096):
+        targets = find_targets(tokens[start : start + 4096].astype(np.int64), plan.eot)
+        counts += np.bincount(targets[targets >= 0], minlength=plan.vocab_size)
+    save_array(part.with_suffix(".npy"), counts)
+    entry = _write_mds(plan, number, tokens)
+    aside = part.with_suffix(".new")
+    aside.write_text(json.dumps(entry))
+    aside.rename(part)
+
+
+def _write_mds(plan: ShardPlan, number: int, tokens: np.ndarray) -> dict[str, Any]:
+    """Write rows as shard `number` of the plan's folder; return its entry for index.json."""
+    aside = plan.folder / f"{number:05d}.mds"
+    if aside.is_dir():
+        shutil.rmtree(aside)
+    writer = import_streaming().MDSWriter(
+        columns={"tokens": f"ndarray:{tokens.dtype.name}:{plan.context + 1}"},
+        out=str(aside),
+        compression=plan.compression,
+        hashes=["sha256"],
+        size_limit=None,
+    )
+    for row in tokens:
+        writer.write({"tokens": row})
+    writer.finish()
+    (entry,) = json.loads((aside / INDEX).read_text())["shards"]
+    written = aside / stored_file(entry)["basename"]
+    for data in (entry["raw_data"], entry["zip_data"]):
+        if data:
+            data["basename"] = data["basename"].replace("00000", f"{number:05d}", 1)
+    _sync_folder(aside)
+    written.rename(plan.folder / stored_file(entry)["basename"])
+    shutil.rmtree(aside)
+    return dict(entry)
+
+
+def import_streaming() -> types.ModuleType:
+    """Import mosaicml-streaming without its image and video parts, which need torchvision."""
+    for name in ("multimodal", "text", "vision"):
+        module = f"streaming.{name}"
+        sys.modules.setdefault(module, types.ModuleType(module))
+    import streaming
+
+    return streaming
+
+
+def _write_side_files(
+    plan: ShardPlan, split: Split, entries: list[dict[str, Any]], folder: Path
+) -> None:
+    """Write the index of MDS, the token counts, and the list of what was dropped."""
+    index = {"version": 2, "shards": entries}
+    (folder / INDEX).write_text(json.dumps(index, sort_keys=True), encoding="utf-8")
+    parts = [np.load(plan.part_file(n).with_suffix(".npy")) for n in range(plan.shards)]
+    save_array(folder / COUNTS, np.sum(parts, axis=0))
+    with (folder / DROPPED).open("w", encoding="utf-8") as file:
+        for read in split.sources:
+            for place, reason in read.dropped.places:
+                record = {"source": read.source.path, "place": place, "reason": reason}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -1,0 +1,344 @@
+"""Where documents come from: JSON lines, Parquet, text files, `datasets`; and what was left out.
+
+A record that cannot be used is counted and listed with its place; a file that cannot be read at
+all, or a corpus that holds nothing, stops everything.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from shoal.configs.corpus import SourceConfig
+from shoal.configs.errors import DataError
+
+SAMPLES = "{samples}"
+
+_TEXT = (".txt", ".md", ".text")
+_LINES = (".jsonl", ".ndjson", ".json")
+_PACKED = (".gz", ".zst")
+_FORMATS = {".parquet": "parquet", **dict.fromkeys(_LINES, "jsonl"), **dict.fromkeys(_TEXT, "text")}
+EXAMPLES = 20
+"""Broken records that messages and manifests show; the whole list is in dropped.jsonl."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text of a corpus."""
+
+    id: str
+    text: str
+    domain: str
+    source: str
+    """The `path` of its source, as configured."""
+
+
+@dataclass
+class DroppedLog:
+    """Records that were left out: how many for which reason, and the place of each."""
+
+    reasons: Counter[str] = field(default_factory=Counter)
+    places: list[tuple[str, str]] = field(default_factory=list)
+    """(file:line, reason) of each, in the order met."""
+
+    def add(self, place: str, reason: str) -> None:
+        """Note one record."""
+        self.reasons[reason] += 1
+        self.places.append((place, reason))
+
+    @property
+    def total(self) -> int:
+        """Records left out."""
+        return self.reasons.total()
+
+    @property
+    def examples(self) -> list[str]:
+        """The first few, one line each."""
+        return [f"{place}: {reason}" for place, reason in self.places[:EXAMPLES]]
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of a source, and the name it goes by in ids and logs."""
+
+    path: Path
+    name: str
+    format: str
+
+
+def resolve_path(path: str) -> str:
+    """Put the folder of the shipped samples in place of a leading `{samples}`."""
+    if path.startswith(SAMPLES):
+        return str(Path(__file__).parent / "samples") + path[len(SAMPLES) :]
+    return path
+
+
+def list_files(source: SourceConfig) -> list[SourceFile]:
+    """Return the files of a source, sorted by name; of a `datasets` source those it lies in.
+
+    Raises:
+        DataError: nothing there, or nothing of a known format.
+    """
+    given = Path(resolve_path(source.path)).expanduser()
+    if source.format == "datasets":
+        files = sorted(p for p in given.rglob("*") if p.is_file()) if given.is_dir() else []
+        return [SourceFile(file, str(file.relative_to(given)), "datasets") for file in files]
+    if given.is_file():
+        paths, base = [given], given.parent
+    elif given.is_dir():
+        paths, base = [p for p in given.rglob("*") if _wanted(p, source, given)], given
+    else:
+        paths, base = _glob(given)
+    if not paths:
+        raise DataError(
+            "no documents there",
+            where=source.path,
+            fix="name a file, a folder or a glob of "
+            ".jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt or .md files",
+        )
+    found = [SourceFile(p, p.relative_to(base).as_posix(), _format_of(p, source)) for p in paths]
+    return sorted(found, key=lambda file: file.name)
+
+
+def _wanted(path: Path, source: SourceConfig, base: Path) -> bool:
+    """Whether a file in a folder is meant: of the given or a known format, and not hidden."""
+    if not path.is_file() or any(p.startswith(".") for p in path.relative_to(base).parts):
+        return False
+    known = _FORMATS.get(_suffix(path))
+    return known is not None if source.format == "auto" else known == source.format
+
+
+def _glob(pattern: Path) -> tuple[list[Path], Path]:
+    """Expand a glob; the base is the longest folder before the first wildcard."""
+    parts = pattern.parts
+    wild = next((i for i, part in enumerate(parts) if any(c in part for c in "*?[")), len(parts))
+    base = Path(*parts[:wild])
+    if wild == len(parts) or not base.is_dir():
+        return [], base
+    return [p for p in base.glob(str(Path(*parts[wild:]))) if p.is_file()], base
+
+
+def _suffix(path: Path) -> str:
+    """Return the suffix that tells the format, looking through compression."""
+    name = path.name.lower()
+    for packed in _PACKED:
+        name = name.removesuffix(packed)
+    return Path(name).suffix
+
+
+def _format_of(path: Path, source: SourceConfig) -> str:
+    if source.format != "auto":
+        return source.format
+    known = _FORMATS.get(_suffix(path))
+    if known is None:
+        raise DataError(
+            f"unknown format {path.suffix or path.name!r}",
+            where=path,
+            fix="set format: jsonl, parquet, text or datasets",
+        )
+    return known
+
+
+def read_documents(source: SourceConfig, dropped: DroppedLog) -> Iterator[Document]:
+    """Yield the documents of a source, in an order that depends on its files alone.
+
+    Args:
+        source: What to read.
+        dropped: Receives every record that is left out because it is broken. Records of other
+            domains than `source.domains` are not wanted, and are not counted.
+
+    Raises:
+        DataError: a file is missing or cannot be read at all.
+    """
+    files = list_files(source)
+    readers: dict[str, Callable[[SourceFile], Iterator[Record]]] = {
+        "jsonl": lambda file: _read_jsonl(file, dropped),
+        "parquet": lambda file: _read_parquet(file, source),
+        "text": lambda file: _read_text(file, source, dropped),
+    }
+    if source.format == "datasets":
+        records = _read_datasets(source)
+    else:
+        records = chain.from_iterable(readers[file.format](file) for file in files)
+    size = 0
+    for place, record in records:
+        document = _make_document(place, record, source, dropped)
+        if document is None:
+            continue
+        size += len(document.text.encode())
+        if source.max_bytes is not None and size > source.max_bytes:
+            return
+        yield document
+
+
+Record = tuple[str, dict[str, Any]]
+"""The place of a record (file:line), and its fields."""
+
+
+def _make_document(
+    place: str, record: dict[str, Any], source: SourceConfig, dropped: DroppedLog
+) -> Document | None:
+    domain = record.get(source.domain_key)
+    label = "" if domain is None else str(domain)
+    if source.domains is not None and label not in source.domains:
+        return None
+    text = record.get(source.text_key)
+    if not isinstance(text, str):
+        dropped.add(place, f"no text under key {source.text_key!r}")
+        return None
+    if not text.strip():
+        dropped.add(place, "empty text")
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        dropped.add(place, "not Unicode text: lone surrogates")
+        return None
+    given = record.get(source.id_key)
+    return Document(place if given is None else str(given), text, label, source.path)
+
+
+def _read_jsonl(file: SourceFile, dropped: DroppedLog) -> Iterator[Record]:
+    for number, line in enumerate(_read_lines(file), 1):
+        place = f"{file.name}:{number}"
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError:
+            dropped.add(place, "not UTF-8")
+            continue
+        except (ValueError, RecursionError):
+            dropped.add(place, "not JSON")
+            continue
+        if isinstance(record, dict):
+            yield place, record
+        else:
+            dropped.add(place, "not a JSON object")
+
+
+def _read_lines(file: SourceFile) -> Iterator[bytes]:
+    """Yield the lines of a file, unpacked; a torn archive is an error, not an early end."""
+    import zstandard
+
+    try:
+        with file.path.open("rb") as raw:
+            yield from _unpack(file.path, raw)
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+        raise DataError(f"cannot be read: {error}", where=file.path) from None
+
+
+def _unpack(path: Path, raw: BinaryIO) -> BinaryIO:
+    if path.suffix.lower() == ".gz":
+        return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+    if path.suffix.lower() == ".zst":
+        return cast(BinaryIO, io.BufferedReader(_ZstdFile(raw), buffer_size=1 << 20))
+    return raw
+
+
+class _ZstdFile(io.RawIOBase):
+    """Zstandard frames one after another; a frame cut short is an error.
+
+    The library's own stream ends quietly where the file was cut.
+    """
+
+    def __init__(self, raw: BinaryIO) -> None:
+        import zstandard
+
+        self._raw = raw
+        self._library = zstandard.ZstdDecompressor()
+        self._frame: Any = None
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            data = self._raw.read(1 << 18)
+            if not data:
+                if self._frame is not None:
+                    raise EOFError("the last Zstandard frame is cut short")
+                return 0
+            self._ready = memoryview(b"".join(self._expand(data)))
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size
+
+    def _expand(self, data: bytes) -> Iterator[bytes]:
+        while data:
+            if self._frame is None:
+                self._frame = self._library.decompressobj()
+            yield self._frame.decompress(data)
+            data = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+            else:
+                return
+
+
+def _read_parquet(file: SourceFile, source: SourceConfig) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file.path) as table:
+            known = set(table.schema_arrow.names)
+            if source.text_key not in known:
+                raise DataError(
+                    f"no column {source.text_key!r}; there are {', '.join(sorted(known))}",
+                    where=file.path,
+                    fix="set text_key",
+                )
+            keys = [source.text_key, source.id_key, source.domain_key]
+            columns = [key for key in dict.fromkeys(keys) if key in known]
+            number = 0
+            for batch in table.iter_batches(batch_size=256, columns=columns):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{file.name}:{number}", record
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"cannot be read as Parquet: {error}", where=file.path) from None
+
+
+def _read_text(file: SourceFile, source: SourceConfig, dropped: DroppedLog) -> Iterator[Record]:
+    """Yield a whole file as one document, named by its path."""
+    data = b"".join(_read_lines(file))
+    try:
+        yield file.name, {source.id_key: file.name, source.text_key: data.decode("utf-8-sig")}
+    except UnicodeDecodeError:
+        dropped.add(file.name, "not UTF-8")
+
+
+def _read_datasets(source: SourceConfig) -> Iterator[Record]:
+    """Yield the rows of a `datasets` source: a saved dataset, a folder of files, or a Hub name."""
+    import datasets
+
+    path = Path(resolve_path(source.path)).expanduser()
+    try:
+        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            loaded = datasets.load_from_disk(str(path))
+            rows = loaded[source.split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        else:
+            name = str(path) if path.exists() else source.path
+            rows = datasets.load_dataset(
+                name, name=source.subset, split=source.split, streaming=True
+            )
+        for number, record in enumerate(rows, 1):
+            yield f"{source.path}[{source.split}]:{number}", record
+    except DataError:
+        raise
+    except Exception as error:  # the library raises its own, fsspec's and pyarrow's errors
+        raise DataError(
+            f"datasets cannot load it: {type(error).__name__}: {error}", where=source.path
+        ) from error
