@@ -158,7 +158,7 @@ def solve_shape(template: ModelConfig, budget: BudgetConfig, match: MatchConfig)
     if not shapes:
         raise ConfigError(
             f"none of the widths {', '.join(map(str, match.widths))} can be a model: "
-            f"{template.num_heads} heads must divide the width",
+            f"{template.num_heads} heads must divide the width, each with an even share",
             where="match.widths",
         )
     met = [shape for shape in shapes if abs(shape.deviation) <= budget.tolerance]

@@ -190,6 +190,7 @@ class Candidate:
 
     def _build(self, dtype: torch.dtype, experts: str | None) -> PreTrainedModel:
         import torch
+        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
@@ -206,7 +207,7 @@ class Candidate:
                 output_loading_info=True,
                 **options,
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise DataError(f"model does not load: {error}", where=self.folder) from None
         finally:
             if shows_progress:

@@ -176,3 +176,9 @@ def task_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         else:
             files[name].write_text(text, encoding="utf-8")
     return files
+
+
+@pytest.fixture(scope="session")
+def shapes() -> dict[str, ModelConfig]:
+    """The shapes of `make_export`, by kind."""
+    return CONFIGS
