@@ -75,7 +75,9 @@ def settle_arms(study: StudyConfig, corpus: CorpusFacts) -> list[Arm]:
                     model = solve_shape(model, budget, config.match)
                 except ConfigError as error:
                     raise ConfigError(
-                        error.cause, where=f"arm {name}, budget {config.match.budget}", fix=error.fix
+                        error.cause,
+                        where=f"arm {name}, budget {config.match.budget}",
+                        fix=error.fix,
                     ) from None
             arms.append(Arm(name, config, model, shared))
     return arms

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from shoal.configs.errors import ShoalError
+from shoal.configs.errors import ConfigError, ShoalError
 
 app = typer.Typer(
     help="Give Shoal a corpus and an inference budget; it trains every candidate that fits and "
@@ -24,6 +24,7 @@ app = typer.Typer(
 shards_app = typer.Typer(help="Look at shards and check them.", no_args_is_help=True)
 app.add_typer(shards_app, name="shards", rich_help_panel="Look")
 
+PRECISIONS = ("fp32", "bf16", "int8", "int4")
 Config = Annotated[
     str, typer.Argument(metavar="CONFIG", help="YAML file, or the name of a shipped config.")
 ]
@@ -124,7 +125,9 @@ def compare(
             "conditions after commas: resident_bytes=250MB,precision=int8,context=2048",
         ),
     ],
-    tasks: Annotated[Path, typer.Option(metavar="YAML", help="What to score: see tasks.yaml.")],
+    tasks: Annotated[
+        Path, typer.Option(metavar="YAML", help="What to score, as in a study's `tasks`.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("reports/compare"),
 ) -> None:
     """Compare models that exist at inference budgets: ours, or any Hugging Face folder.
@@ -140,6 +143,28 @@ def compare(
 
 
 @app.command(rich_help_panel="Do")
+def evaluate(
+    export: Export,
+    tasks: Annotated[
+        Path, typer.Option(metavar="YAML", help="What to score, as in a study's `tasks`.")
+    ],
+    precision: Annotated[str, typer.Option(help="fp32, bf16, int8 or int4 weights.")] = "bf16",
+) -> None:
+    """Score one model on tasks: an export of ours, or any Hugging Face folder.
+
+    [dim]shoal evaluate export/default --tasks tasks.yaml[/dim]
+    """
+    _check_choice("--precision", precision, PRECISIONS)
+    from shoal.configs.load import load_config
+    from shoal.configs.study import TasksConfig
+    from shoal.launcher.tables import progress_bars, scores_table, show
+
+    with progress_bars() as progress:
+        table = scores_table(export, load_config(TasksConfig, tasks), precision, progress)
+    show(table)
+
+
+@app.command(rich_help_panel="Do")
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a run, for example runs/default.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
@@ -149,10 +174,7 @@ def export(
 
     [dim]shoal export runs/default export/default --dtype bf16[/dim]
     """
-    from shoal.configs.errors import ConfigError
-
-    if dtype not in ("fp32", "bf16"):
-        raise ConfigError(f"{dtype!r} is neither fp32 nor bf16", where="--dtype")
+    _check_choice("--dtype", dtype, ("fp32", "bf16"))
     from shoal.launcher.training import export_run
 
     report = export_run(run, out, dtype)
@@ -189,6 +211,7 @@ def plan(
     [dim]shoal plan pretrain_dense.yaml model.vocab_size=50304[/dim]
     [dim]shoal plan pretrain_moe.yaml --precision int8 --context 4096[/dim]
     """
+    _check_choice("--precision", precision, PRECISIONS)
     from shoal.configs.load import load_config
     from shoal.configs.schema import RunConfig
     from shoal.launcher.plan import shape_table
@@ -266,6 +289,11 @@ def show_shards(
     from shoal.launcher.tables import shards_table, show
 
     show(shards_table(folder))
+
+
+def _check_choice(option: str, given: str, allowed: tuple[str, ...]) -> None:
+    if given not in allowed:
+        raise ConfigError(f"{given!r} is none of {', '.join(allowed)}", where=option)
 
 
 def main(argv: list[str] | None = None) -> None:

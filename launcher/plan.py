@@ -121,7 +121,7 @@ def shape_table(config: RunConfig, context: int, precision: str) -> Table:
         "parameters, total": f"{counts.total:,}",
         "parameters, active per token": f"{counts.active:,}",
         "parameters, embedding": f"{counts.embedding:,}",
-        f"inference FLOPs per token at context {context}": f"{flops_per_token(model, context):,}",
+        f"inference FLOPs per token at context {context}": f"{flops_per_token(model, context).total:,}",
         f"resident bytes in {precision}": f"{resident_bytes(model, precision):,}",
         f"KV bytes per token in {precision}": f"{kv_bytes_per_token(model, precision):,}",
         f"KV bytes at context {context}": f"{kv_bytes_per_token(model, precision) * context:,}",

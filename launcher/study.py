@@ -64,3 +64,119 @@ class Study:
     def exports(self, arm: Arm) -> list[Path]:
         """Return where the arm's exports are or will be, one a seed."""
         return [run_folder(run) / "export" for run in self.runs(arm)]
+
+
+def run_study(
+    path: str | Path, overrides: Sequence[str] = (), *, console: Console | None = None
+) -> Path:
+    """Do what is missing of a study and write its report; return the report's folder.
+
+    Raises:
+        ShoalError: named; what was finished before stays finished.
+    """
+    from rich.console import Console
+
+    console = console or Console(highlight=False)
+    begun = time.monotonic()
+    file = find_config(path)
+    config = load_config(StudyConfig, file, overrides)
+    study = _open_study(config, file, console)
+    _train_all(study)
+    _export_untrained(study)
+    from shoal.launcher.verdict import write_study_report
+
+    folder = write_study_report(study)
+    console.print(f"study {config.name}: done in {time.monotonic() - begun:.0f} s")
+    return folder
+
+
+def demo(overrides: Sequence[str] = ()) -> Path:
+    """Run the study shipped as the demo, on the sample corpus shipped with the project."""
+    return run_study(DEMO, overrides)
+
+
+def _open_study(config: StudyConfig, file: Path, console: Console) -> Study:
+    """Prepare the corpus, settle every shape; nothing is trained before all of it is checked."""
+    from shoal.data_pipeline.shards import prepare, read_manifest
+
+    beside = file.parent / config.prepare
+    prepare_config = load_config(PrepareConfig, beside if beside.is_file() else config.prepare)
+    prepared = prepare(prepare_config)
+    if prepared.validation is None:
+        raise DataError(
+            "a study needs a validation split", where=config.prepare, fix="set validation_share"
+        )
+    manifest = read_manifest(prepared.train)
+    corpus = CorpusFacts(
+        prepared.train, prepared.validation, manifest.shards_hash, manifest.vocab_size
+    )
+    arms = settle_arms(config, corpus)
+    return Study(config, corpus, arms, RunPlanner(config, corpus, arms), console)
+
+
+def _train_all(study: Study) -> None:
+    """Waves: trials, then full runs; arms with a teacher wait for its export."""
+    for waiting in (False, True):
+        arms = [arm for arm in study.arms if (arm.config.teacher is not None) == waiting]
+        trials = [run for arm in arms for run in study.trials(arm)]
+        _do_runs(study, trials, "learning-rate trials")
+        for arm in arms:
+            study.rates[arm.name] = _choose_rate(study, arm)
+        runs = [run for arm in arms for run in study.runs(arm)]
+        _do_runs(study, runs, "runs")
+        for arm in arms:
+            for run in study.runs(arm):
+                _export(study, run)
+
+
+def _do_runs(study: Study, runs: Sequence[RunConfig], what: str) -> None:
+    """Train those of `runs` that are not complete, in one start of the ranks."""
+    from shoal.launcher.processes import train_configs
+
+    missing = [run for run in runs if not is_complete(run_folder(run), run)]
+    if not missing:
+        return
+    study.console.print(f"[bold]{len(missing)} {what}[/bold] ({len(runs) - len(missing)} done)")
+    train_configs(missing)
+
+
+def _choose_rate(study: Study, arm: Arm) -> float | None:
+    """Return the best tried rate by validation loss; None where nothing was to be tuned."""
+    from shoal.trainer.metrics import read_metrics
+
+    losses = {}
+    for trial in study.trials(arm):
+        records = read_metrics(run_folder(trial) / "metrics.jsonl")
+        losses[trial.optim.lr] = [r["loss"] for r in records if r["kind"] == "validation"][-1]
+    if not losses:
+        return None
+    best = best_rate(losses)
+    tried = ", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in losses.items())
+    study.console.print(f"{arm.name}: learning rate {best:g} (validation loss {tried})")
+    return best
+
+
+def _export(study: Study, run: RunConfig) -> None:
+    out = run_folder(run) / "export"
+    if not out.exists():
+        with study.console.status(f"exporting {run.name}"):
+            report = export_run(run_folder(run), out)
+        study.console.print(
+            f"exported {run.name}: logits equal to {report.max_logit_difference:.1e}"
+        )
+
+
+def _export_untrained(study: Study) -> None:
+    """Export the first arm's shape untouched by training, the report's reference row."""
+    from shoal.launcher.training import open_corpus, untrained_export
+
+    first = study.runs(next(arm for arm in study.arms if not arm.shared))[0]
+    out = untrained_folder(study)
+    if not out.exists():
+        untrained_export(first.model, first.seed, open_corpus(first), out)
+
+
+def untrained_folder(study: Study) -> Path:
+    """Return where the untrained reference export is."""
+    first = study.runs(next(arm for arm in study.arms if not arm.shared))[0]
+    return study.planner.output / f"untrained-{first.name}"

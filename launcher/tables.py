@@ -14,6 +14,8 @@ from shoal.configs.errors import DataError, ShoalError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from shoal.configs.study import TasksConfig
+
 Progress = Callable[[str, int, int | None], None]
 
 
@@ -240,3 +242,36 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise DataError("is no JSON object", where=file)
     return tree
+
+
+def scores_table(export: Path, tasks: TasksConfig, precision: str, progress: Progress) -> Table:
+    """Score one model on tasks and return a line for each.
+
+    Raises:
+        ConfigError, DataError: tasks or model that cannot be used, named.
+    """
+    from rich.table import Table
+
+    from shoal.eval.cache import ResultCache
+    from shoal.eval.candidate import Candidate
+    from shoal.eval.evaluation import Evaluator
+    from shoal.eval.tasks.catalogue import load_tasks
+
+    loaded = load_tasks(tasks)
+    candidate = Candidate.open(export, export.name)
+    evaluator = Evaluator(
+        loaded,
+        precision=precision,
+        context=tasks.context,
+        cache=ResultCache(None),
+        progress=progress,
+    )
+    table = Table(title=f"{export} in {precision}", title_justify="left")
+    for column in ("task", "metric", "value", "items", "beside it"):
+        table.add_column(column, justify="right" if column in ("value", "items") else "left")
+    for task in loaded:
+        scores = evaluator.scores(candidate, task)
+        extra = ", ".join(f"{name} {value:.4f}" for name, value in scores.extra.items())
+        count = f"{len(scores.numerator):,}"
+        table.add_row(task.name, task.metric, f"{scores.value:.4f}", count, extra)
+    return table

@@ -40,7 +40,8 @@ def test_help_teaches_with_an_example(command: str, capsys: pytest.CaptureFixtur
         (["plan", "nope.yaml"], "no such config file"),
         (["plan", "default.yaml", "optim.leanr=1"], "unknown key"),
         (["train", "a.yaml", "b.yaml"], "one config at a time"),
-        (["export", "runs/x", "out", "--dtype", "fp8"], "neither fp32 nor bf16"),
+        (["export", "runs/x", "out", "--dtype", "fp8"], "none of fp32, bf16"),
+        (["plan", "default.yaml", "--precision", "fp4"], "none of fp32, bf16, int8, int4"),
         (["generate", "x", "--seed", "minus"], "--seed"),
         (["train", "--hostfile", "/nonexistent/hosts"], "no such hostfile"),
     ],
@@ -91,6 +92,27 @@ def test_train_dry_run_is_that_of_the_documented_command(
     assert code == 0
     assert main(["--dry-run", "name=same"]) == 0
     assert capsys.readouterr().out == ours
+
+
+def test_plan_shows_what_the_model_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["pretrain_dense.yaml", "model.vocab_size=50304", "--context", "512"]
+    code, out, _ = shoal("plan", *words, capsys=capsys)
+    assert code == 0
+    assert "LlamaForCausalLM" in out
+    assert "123,550,464" in out  # 38.6 M embedding, 85 M in 12 layers
+    assert "at context 512" in out
+
+
+def test_plan_takes_the_vocabulary_from_the_corpus_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # no shards here
+    code, out, _ = shoal("plan", "default.yaml", capsys=capsys)
+    assert code == 0
+    assert "4,096" in out
+    code, _, err = shoal("plan", "default.yaml", "prepare=null", capsys=capsys)
+    assert code == 2
+    assert "vocabulary size is not known" in err
 
 
 # Screens and codes.
