@@ -108,14 +108,9 @@ class Candidate:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer stored with the model."""
-        from transformers import AutoTokenizer
+        from shoal.trainer.export import open_tokenizer
 
-        try:
-            loaded = AutoTokenizer.from_pretrained(
-                self.folder, local_files_only=True, trust_remote_code=False, use_fast=True
-            )
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"tokenizer does not load: {error}", where=self.folder) from None
+        loaded = open_tokenizer(self.folder)
         if len(loaded) > self.vocab_size:
             raise DataError(
                 f"the tokenizer has {len(loaded)} entries, the model only {self.vocab_size}",
@@ -190,36 +185,12 @@ class Candidate:
 
     def _build(self, dtype: torch.dtype, experts: str | None) -> PreTrainedModel:
         import torch
-        from safetensors import SafetensorError
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
+
+        from shoal.trainer.export import open_pretrained
 
         options = {"experts_implementation": experts} if experts and self._expert_count else {}
-        shows_progress = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
-        try:
-            built: Any = AutoModelForCausalLM.from_pretrained(
-                self.folder,
-                dtype=dtype,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                **options,
-            )
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise DataError(f"model does not load: {error}", where=self.folder) from None
-        finally:
-            if shows_progress:
-                logging.enable_progress_bar()
-        model, report = built
-        wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
-        if wrong:
-            raise DataError(
-                f"weights do not fit config.json: {len(wrong)} tensors differ, first {wrong[0]}",
-                where=self.folder,
-            )
-        return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        model = open_pretrained(self.folder, dtype, **options)
+        return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     @property
     def _expert_count(self) -> int:

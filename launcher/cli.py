@@ -46,8 +46,8 @@ def prepare(config: Config, overrides: Overrides = None) -> None:
     """
     from shoal.configs.corpus import PrepareConfig
     from shoal.configs.load import load_config
-    from shoal.data_pipeline.shards import prepare as prepare_corpus
     from shoal.launcher.tables import progress_bars, shards_table, show
+    from shoal.launcher.training import prepare_corpus
 
     loaded = load_config(PrepareConfig, config, overrides or ())
     with progress_bars() as progress:
@@ -137,7 +137,7 @@ def compare(
     from shoal.configs.load import load_config
     from shoal.configs.study import TasksConfig
     from shoal.launcher.budgets import parse_budgets
-    from shoal.launcher.study import compare_exports
+    from shoal.launcher.verdict import compare_exports
 
     compare_exports(exports, parse_budgets(budget), load_config(TasksConfig, tasks), out)
 
@@ -175,7 +175,7 @@ def export(
     [dim]shoal export runs/default export/default --dtype bf16[/dim]
     """
     _check_choice("--dtype", dtype, ("fp32", "bf16"))
-    from shoal.launcher.training import export_run
+    from shoal.launcher.exports import export_run
 
     report = export_run(run, out, dtype)
     print(f"exported {out}: logits equal to {report.max_logit_difference:.1e}")
@@ -194,7 +194,7 @@ def generate(
 
     [dim]shoal generate export/default "The results suggest" --temperature 0[/dim]
     """
-    from shoal.launcher.training import generate as generate_text
+    from shoal.launcher.exports import generate as generate_text
 
     print(generate_text(export, prompt, max_new_tokens, temperature, top_k, seed))
 

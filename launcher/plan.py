@@ -116,12 +116,13 @@ def shape_table(config: RunConfig, context: int, precision: str) -> Table:
     table.add_column("quantity")
     table.add_column("value", justify="right")
     training = training_flops_per_token(model, model.context)
+    flops = flops_per_token(model, context).total
     for label, value in {
         "vocabulary": f"{model.vocab_size:,}",
         "parameters, total": f"{counts.total:,}",
         "parameters, active per token": f"{counts.active:,}",
         "parameters, embedding": f"{counts.embedding:,}",
-        f"inference FLOPs per token at context {context}": f"{flops_per_token(model, context).total:,}",
+        f"inference FLOPs per token at context {context}": f"{flops:,}",
         f"resident bytes in {precision}": f"{resident_bytes(model, precision):,}",
         f"KV bytes per token in {precision}": f"{kv_bytes_per_token(model, precision):,}",
         f"KV bytes at context {context}": f"{kv_bytes_per_token(model, precision) * context:,}",

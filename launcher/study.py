@@ -8,7 +8,7 @@ checkpoint.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,9 @@ from shoal.configs.load import find_config, load_config
 from shoal.configs.schema import RunConfig
 from shoal.configs.study import StudyConfig
 from shoal.launcher.arms import Arm, CorpusFacts, RunPlanner, best_rate, settle_arms
-from shoal.launcher.training import export_run, is_complete, run_folder
+from shoal.launcher.exports import export_run, export_untrained
+from shoal.launcher.tables import progress_bars
+from shoal.launcher.training import is_complete, open_corpus, prepare_corpus, run_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,6 +34,7 @@ class Study:
     """A loaded study and what is known of its stages so far."""
 
     config: StudyConfig
+    prepare: PrepareConfig
     corpus: CorpusFacts
     arms: list[Arm]
     planner: RunPlanner
@@ -97,11 +100,14 @@ def demo(overrides: Sequence[str] = ()) -> Path:
 
 def _open_study(config: StudyConfig, file: Path, console: Console) -> Study:
     """Prepare the corpus, settle every shape; nothing is trained before all of it is checked."""
-    from shoal.data_pipeline.shards import prepare, read_manifest
+    from shoal.data_pipeline.shards import read_manifest
+    from shoal.eval.tasks.catalogue import load_tasks
 
+    load_tasks(config.tasks)  # a fault in a task file must not wait until all is trained
     beside = file.parent / config.prepare
     prepare_config = load_config(PrepareConfig, beside if beside.is_file() else config.prepare)
-    prepared = prepare(prepare_config)
+    with progress_bars() as progress:
+        prepared = prepare_corpus(prepare_config, progress)
     if prepared.validation is None:
         raise DataError(
             "a study needs a validation split", where=config.prepare, fix="set validation_share"
@@ -111,7 +117,8 @@ def _open_study(config: StudyConfig, file: Path, console: Console) -> Study:
         prepared.train, prepared.validation, manifest.shards_hash, manifest.vocab_size
     )
     arms = settle_arms(config, corpus)
-    return Study(config, corpus, arms, RunPlanner(config, corpus, arms), console)
+    planner = RunPlanner(config, corpus, arms)
+    return Study(config, prepare_config, corpus, arms, planner, console)
 
 
 def _train_all(study: Study) -> None:
@@ -168,15 +175,20 @@ def _export(study: Study, run: RunConfig) -> None:
 
 def _export_untrained(study: Study) -> None:
     """Export the first arm's shape untouched by training, the report's reference row."""
-    from shoal.launcher.training import open_corpus, untrained_export
-
     first = study.runs(next(arm for arm in study.arms if not arm.shared))[0]
     out = untrained_folder(study)
     if not out.exists():
-        untrained_export(first.model, first.seed, open_corpus(first), out)
+        export_untrained(first.model, first.seed, open_corpus(first), out)
 
 
 def untrained_folder(study: Study) -> Path:
     """Return where the untrained reference export is."""
     first = study.runs(next(arm for arm in study.arms if not arm.shared))[0]
     return study.planner.output / f"untrained-{first.name}"
+
+
+def training_documents(study: Study) -> Iterator[str]:
+    """Yield the texts that the study's training shards were made of."""
+    from shoal.data_pipeline.shards import training_texts
+
+    return training_texts(study.prepare)

@@ -6,7 +6,6 @@ Each function is one command's worth of work; everything heavy is imported when 
 from __future__ import annotations
 
 import fcntl
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ from shoal.configs.schema import ModelConfig, RunConfig
 if TYPE_CHECKING:
     import torch
 
-    from shoal.data_pipeline.shards import Manifest, Rows
+    from shoal.data_pipeline.shards import Manifest, Prepared, Rows
+    from shoal.launcher.tables import Progress
     from shoal.launcher.world import World
     from shoal.trainer.loop import Validation
     from shoal.trainer.objective import Teacher
@@ -72,7 +72,6 @@ def _train_one(config: RunConfig, world: World, device: torch.device) -> None:
 
     from shoal.data_pipeline.loader import Loader
     from shoal.kernels.backend import resolve
-    from shoal.trainer.cost import training_flops_per_token
     from shoal.trainer.engine import Engine
     from shoal.trainer.loop import RunFacts
     from shoal.trainer.loop import train as run_loop
@@ -93,11 +92,12 @@ def _train_one(config: RunConfig, world: World, device: torch.device) -> None:
     if config.train.compile:
         for block in model.blocks:
             block.compile()
+    teacher = load_teacher(config, corpus.manifest, device, dtype)
     objective = Objective(
         model,
         loss_chunk_tokens=kernels.loss_chunk_tokens,
         moe=config.model.moe,
-        teacher=load_teacher(config, corpus.manifest, device, dtype),
+        teacher=teacher,
     )
     loader = Loader(
         corpus.train,
@@ -124,7 +124,7 @@ def _train_one(config: RunConfig, world: World, device: torch.device) -> None:
             rank=world.rank,
             ranks=world.num_ranks,
             device=world.device_name,
-            training_flops_per_token=training_flops_per_token(config.model, config.model.context),
+            training_flops_per_token=_training_flops(config.model, teacher),
             scope=config.ledger.scope,
             kind=config.ledger.kind,
         ),
@@ -134,6 +134,14 @@ def _train_one(config: RunConfig, world: World, device: torch.device) -> None:
     )
     engine.close()
     lock.close()
+
+
+def _training_flops(model: ModelConfig, teacher: Teacher | None) -> int:
+    """FLOPs of one trained token; a teacher adds its forward pass."""
+    from shoal.trainer.cost import flops_per_token, training_flops_per_token
+
+    own = training_flops_per_token(model, model.context)
+    return own + (flops_per_token(teacher.model.config, model.context).total if teacher else 0)
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -151,9 +159,31 @@ def is_complete(folder: Path, config: RunConfig) -> bool:
 def ensure_prepared(config: RunConfig) -> None:
     """Prepare the run's corpus if its config names one and the shards are absent."""
     if config.prepare:
-        from shoal.data_pipeline.shards import prepare
+        from shoal.launcher.tables import progress_bars
 
-        prepare(load_config(PrepareConfig, config.prepare))
+        with progress_bars() as progress:
+            prepare_corpus(load_config(PrepareConfig, config.prepare), progress)
+
+
+def prepare_corpus(config: PrepareConfig, progress: Progress | None = None) -> Prepared:
+    """Prepare a corpus, and book what that cost beside it; nothing is done twice."""
+    from shoal.data_pipeline.shards import prepare, read_manifest
+    from shoal.trainer.ledger import LedgerEntry, append_entry, now
+
+    started, begun = now(), time.monotonic()
+    present = Path(config.output).exists()
+    prepared = prepare(config, progress)
+    if not present:
+        entry = LedgerEntry(
+            kind="prepare",
+            stage=config.name,
+            scope="generic",
+            started=started,
+            seconds=time.monotonic() - begun,
+            tokens=read_manifest(prepared.train).tokens,
+        )
+        append_entry(prepared.output / "ledger.jsonl", entry)
+    return prepared
 
 
 def wait_for_corpus(config: RunConfig, world: World) -> None:
@@ -294,99 +324,3 @@ def read_run(folder: Path) -> RunConfig:
     if not (folder / CONFIG_FILE).is_file():
         raise ConfigError("not a run: it has no config.yaml", where=folder, fix="shoal runs")
     return build_config(RunConfig, read_tree(folder / CONFIG_FILE), where=folder / CONFIG_FILE)
-
-
-def export_run(run: Path, out: Path, dtype: str = "fp32") -> Any:
-    """Export the newest whole checkpoint of a run as a Hugging Face folder.
-
-    Returns the `ExportReport`; books the cost in the run's ledger.
-    """
-    from shoal.data_pipeline.tokenizer import Tokenizer
-    from shoal.kernels.backend import resolve
-    from shoal.trainer.checkpoint import TensorReader, newest_checkpoint
-    from shoal.trainer.export import export_model
-    from shoal.trainer.ledger import LedgerEntry, append_entry, now
-    from shoal.trainer.model import Transformer
-
-    import torch  # isort: skip
-
-    started, begun = now(), time.monotonic()
-    config = read_run(run)
-    found = newest_checkpoint(run / "checkpoints")
-    if found is None:
-        raise DataError("has no checkpoint yet", where=run, fix="shoal train it first")
-    folder, manifest = found
-    kernels = resolve(config.kernels, torch.device("cpu"), torch.float32)
-    model = Transformer(config.model, kernels)
-    reader = TensorReader(folder, manifest)
-    model.load_state_dict({name: reader.read(name) for name in manifest.tensors})
-    corpus = open_corpus(config)
-    rows = corpus.validation or corpus.train[0][0]
-    report = export_model(
-        model,
-        config.model,
-        rows.tokenizer_folder,
-        out,
-        sample_ids=sample_rows(rows, config.model.context),
-        card=_card(run, config, manifest.step),
-        dtype=dtype,
-        eot_id=Tokenizer.load(rows.tokenizer_folder).eot_id,
-    )
-    entry = LedgerEntry(
-        kind="export",
-        stage=config.name,
-        scope=config.ledger.scope,
-        started=started,
-        seconds=time.monotonic() - begun,
-    )
-    append_entry(run / "ledger.jsonl", entry)
-    return report
-
-
-def sample_rows(rows: Rows, context: int, count: int = 2) -> list[list[int]]:
-    """Return token ids of real text, for the gate of an export."""
-    import numpy as np
-
-    tokens, _ = rows.gather(np.arange(min(count, len(rows))))
-    return [row[:context].tolist() for row in tokens]
-
-
-def _card(run: Path, config: RunConfig, step: int) -> dict[str, Any]:
-    """Facts for the model card: what was trained on what, how far, and how well."""
-    from shoal.trainer.metrics import read_metrics
-
-    records = read_metrics(run / "metrics.jsonl")
-    validations = [r for r in records if r["kind"] == "validation"]
-    return {
-        "name": config.name,
-        "run": json.loads(config.model_dump_json()),
-        "step": step,
-        "tokens": step * config.step_tokens,
-        "validation": validations[-1] if validations else None,
-    }
-
-
-def untrained_export(model: ModelConfig, seed: int, corpus: Corpus, out: Path) -> None:
-    """Export a freshly initialised model: the untrained reference row of a report."""
-    import torch
-
-    from shoal.configs.schema import KernelConfig
-    from shoal.data_pipeline.tokenizer import Tokenizer
-    from shoal.kernels.backend import resolve
-    from shoal.trainer.export import export_model
-    from shoal.trainer.model import Transformer
-
-    kernels = resolve(KernelConfig(), torch.device("cpu"), torch.float32)
-    fresh = Transformer(model, kernels)
-    fresh.initialize(seed)
-    rows = corpus.validation or corpus.train[0][0]
-    export_model(
-        fresh,
-        model,
-        rows.tokenizer_folder,
-        out,
-        sample_ids=sample_rows(rows, model.context),
-        card={"name": "untrained", "run": {}, "step": 0, "tokens": 0, "validation": None},
-        dtype="fp32",
-        eot_id=Tokenizer.load(rows.tokenizer_folder).eot_id,
-    )

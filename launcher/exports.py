@@ -1,0 +1,180 @@
+"""From a run to an export, and what an export says: the launcher's way to `trainer.export`."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shoal.configs.errors import ConfigError, DataError
+from shoal.configs.load import config_hash
+from shoal.configs.schema import KernelConfig, ModelConfig, RunConfig
+from shoal.launcher.training import Corpus, open_corpus, read_run
+
+if TYPE_CHECKING:
+    from shoal.data_pipeline.shards import Rows
+    from shoal.trainer.export import ExportReport
+    from shoal.trainer.model import Transformer
+
+GATE_ROWS = 2
+GATE_TEXT_TOKENS = 256
+
+
+def export_run(run: Path, out: Path, dtype: str = "fp32") -> ExportReport:
+    """Export the newest whole checkpoint of a run as a Hugging Face folder; book the cost.
+
+    Raises:
+        ConfigError: `run` is no run, or `out` exists.
+        DataError: no checkpoint, or none that verifies.
+        GateError: what was written does not agree with the model.
+    """
+    from shoal.trainer.checkpoint import TensorReader, newest_checkpoint
+    from shoal.trainer.ledger import LedgerEntry, append_entry, now
+    from shoal.trainer.model import Transformer
+
+    if out.exists():
+        raise ConfigError("exists already", where=out, fix="choose another folder, or remove it")
+    started, begun = now(), time.monotonic()
+    config = read_run(run)
+    found = newest_checkpoint(run / "checkpoints")
+    if found is None:
+        raise DataError("has no checkpoint yet", where=run, fix=f"train it first: shoal train "
+                        f"{run / 'config.yaml'}")  # fmt: skip
+    folder, manifest = found
+    reader = TensorReader(folder, manifest)
+    model = Transformer(config.model, _cpu_kernels())
+    model.load_state_dict({name: reader.read(name) for name in manifest.tensors})
+    corpus = open_corpus(config)
+    facts = {
+        "name": config.name,
+        "run": config.model_dump(mode="json"),
+        "step": manifest.step,
+        "tokens": manifest.step * config.step_tokens,
+        "validation": _last_validation(run, manifest.step),
+        "provenance": provenance(config, corpus, folder.name),
+    }
+    report = _export(model, config.model, corpus, out, facts, dtype)
+    entry = LedgerEntry(
+        kind="export",
+        stage=config.name,
+        scope=config.ledger.scope,
+        started=started,
+        seconds=time.monotonic() - begun,
+    )
+    append_entry(run / "ledger.jsonl", entry)
+    return report
+
+
+def export_untrained(shape: ModelConfig, seed: int, corpus: Corpus, out: Path) -> None:
+    """Export a freshly initialised model: the untrained reference row of a report."""
+    from shoal.trainer.model import Transformer
+
+    model = Transformer(shape, _cpu_kernels())
+    model.initialize(seed)
+    facts = {"name": "untrained", "run": {}, "step": 0, "tokens": 0, "validation": None}
+    _export(model, shape, corpus, out, facts, "fp32")
+
+
+def provenance(config: RunConfig, corpus: Corpus, checkpoint: str) -> dict[str, Any]:
+    """Return what an export came from: config, shards, checkpoint, seed, command."""
+    return {
+        "config_hash": config_hash(config, without=("output", "world")),
+        "shards_hash": corpus.manifest.shards_hash,
+        "checkpoint": checkpoint,
+        "seed": config.seed,
+        "command": f"shoal train {config.name}/config.yaml",
+    }
+
+
+def generate(
+    export: Path, prompt: str, max_new_tokens: int, temperature: float, top_k: int, seed: int
+) -> str:
+    """Let a model on disk continue `prompt`; return prompt and continuation.
+
+    Args:
+        export: An export of ours, or any Hugging Face folder.
+        prompt: Text; the end of it where it is longer than the context.
+        max_new_tokens: Most tokens added; fewer where the model ends or its context is full.
+        temperature: 0 takes the likeliest token each time.
+        top_k: Only this many likeliest tokens are drawn from; 0: all.
+        seed: Of the drawing.
+    """
+    import torch
+
+    from shoal.eval.candidate import Candidate
+
+    candidate = Candidate.open(export)
+    count = min(max_new_tokens, candidate.context - 1)
+    ids = [candidate.start_id, *candidate.encode([prompt])[0]][-(candidate.context - count) :]
+    model = candidate.model("fp32")
+    torch.manual_seed(seed)
+    drawing = {"temperature": temperature, "top_k": top_k} if temperature else {}
+    tokens = torch.tensor([ids], device=model.device)
+    with torch.inference_mode():
+        longer = model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=count,
+            do_sample=bool(temperature),
+            pad_token_id=candidate.start_id,
+            **drawing,
+        )
+    added = longer[0, len(ids) :].tolist()
+    return prompt + candidate.tokenizer.decode(added, skip_special_tokens=True)
+
+
+def _export(
+    model: Transformer,
+    shape: ModelConfig,
+    corpus: Corpus,
+    out: Path,
+    facts: dict[str, Any],
+    dtype: str,
+) -> ExportReport:
+    from shoal.data_pipeline.tokenizer import Tokenizer
+    from shoal.trainer.export import TokenizerProof, export_model
+
+    rows = corpus.validation or corpus.train[0][0]
+    tokenizer = Tokenizer.load(rows.tokenizer_folder)
+    samples = _sample_rows(rows, shape.context)
+    inner = [token for token in samples[0] if token != tokenizer.eot_id][:GATE_TEXT_TOKENS]
+    # Decoded and encoded again: a row may begin inside a character or a word.
+    text = tokenizer.decode(inner).strip("\ufffd")
+    proof = TokenizerProof(rows.tokenizer_folder, text, tokenizer.encode_batch([text])[0].tolist())
+    return export_model(
+        model,
+        shape,
+        proof,
+        out,
+        sample_ids=samples,
+        facts=facts,
+        dtype=dtype,
+        eot_id=tokenizer.eot_id,
+    )
+
+
+def _sample_rows(rows: Rows, context: int) -> list[list[int]]:
+    """Return token ids of real text, for the gate of an export."""
+    import numpy as np
+
+    tokens, _ = rows.gather(np.arange(min(GATE_ROWS, len(rows))))
+    return [row[:context].tolist() for row in tokens]
+
+
+def _last_validation(run: Path, step: int) -> dict[str, Any] | None:
+    from shoal.trainer.metrics import read_metrics
+
+    records = read_metrics(run / "metrics.jsonl")
+    found = [r for r in records if r["kind"] == "validation" and r["step"] <= step]
+    if not found or not math.isfinite(found[-1]["loss"]):
+        return None
+    return found[-1]
+
+
+def _cpu_kernels() -> Any:
+    import torch
+
+    from shoal.kernels.backend import resolve
+
+    return resolve(KernelConfig(), torch.device("cpu"), torch.float32)

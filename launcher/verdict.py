@@ -1,0 +1,253 @@
+"""From finished stages to the report: what `eval.compare` is given, and what the terminal shows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shoal.configs.errors import ConfigError, DataError
+from shoal.configs.schema import ModelConfig, RunConfig
+from shoal.configs.study import BudgetConfig, TasksConfig
+from shoal.launcher.tables import progress_bars
+from shoal.launcher.training import run_folder
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from shoal.eval.inputs import ArmInput, ExportInput, References, TrainingTexts
+    from shoal.launcher.arms import Arm
+    from shoal.launcher.study import Study
+
+CACHE = "scores"
+LEDGER = "ledger.jsonl"
+
+
+def write_study_report(study: Study) -> Path:
+    """Measure, score and compare all arms of a finished study; write and show the report."""
+    from shoal.eval.inputs import TrainingTexts
+    from shoal.launcher.study import training_documents
+
+    config = study.config
+    texts = TrainingTexts(lambda: training_documents(study), study.corpus.shards_hash)
+    return report_arms(
+        [_arm_input(study, arm) for arm in study.arms if not arm.shared],
+        config.budgets,
+        config.tasks,
+        name=config.name,
+        out=Path(config.output) / config.name,
+        cache=study.planner.output / CACHE,
+        primary_task=config.primary_task,
+        references=_references(study),
+        training_texts=texts,
+        console=study.console,
+    )
+
+
+def compare_exports(
+    exports: Sequence[Path],
+    budgets: Mapping[str, BudgetConfig],
+    tasks: TasksConfig,
+    out: Path,
+    console: Console | None = None,
+) -> Path:
+    """Compare models that exist, each an arm of its own; write and show the report.
+
+    Raises:
+        ConfigError: fewer than two models, or names that do not fit together.
+        DataError: a folder is no model, named.
+    """
+    from rich.console import Console
+
+    from shoal.eval.inputs import ArmInput
+
+    if len(exports) < 2:
+        raise ConfigError("a comparison needs two models or more", where="EXPORTS")
+    arms = []
+    for name, folder in zip(_names(exports), exports, strict=True):
+        facts = read_facts(folder)
+        seed = facts.get("provenance", {}).get("seed")
+        ledger = read_entries(folder.parent / LEDGER) if folder.name == "export" else []
+        arms.append(
+            ArmInput(name, _kind(facts, folder), [export_input(folder, seed)], ledger=ledger)
+        )
+    console = console or Console(highlight=False)
+    cache = out.with_name(f".{out.name}-{CACHE}")
+    return report_arms(arms, budgets, tasks, name=out.name, out=out, cache=cache, console=console)
+
+
+def report_arms(
+    arms: Sequence[ArmInput],
+    budgets: Mapping[str, BudgetConfig],
+    tasks: TasksConfig,
+    *,
+    name: str,
+    out: Path,
+    cache: Path,
+    console: Console,
+    primary_task: str | None = None,
+    references: References | None = None,
+    training_texts: TrainingTexts | None = None,
+) -> Path:
+    """Compare arms, write the report to `out`, show the verdict, return the folder."""
+    from shoal.eval.compare import compare
+    from shoal.eval.report import write_report
+
+    with progress_bars() as progress:
+        report = compare(
+            arms,
+            budgets,
+            tasks,
+            name=name,
+            primary_task=primary_task,
+            references=references,
+            training_texts=training_texts,
+            cache=cache,
+            progress=progress,
+        )
+    folder = write_report(report, out)
+    show_verdict(report, folder, console)
+    return folder
+
+
+def show_verdict(report: Mapping[str, Any], folder: Path, console: Console) -> None:
+    """Print the verdict table, what the differences are worth, and where everything is."""
+    verdict = report["verdict"]
+    console.print(verdict_table(report))
+    console.print(f"[bold]{verdict['headline']}[/bold]")
+    for sentence in verdict["sentences"]:
+        console.print(f"- {sentence}")
+    console.print(f"report: {folder / 'report.html'}")
+    if verdict["export"]:
+        console.print(f"deploy: {verdict['deploy']}, {verdict['export']}", soft_wrap=True)
+
+
+def verdict_table(report: Mapping[str, Any]) -> Table:
+    """Return one line an arm, best first, then the reference rows."""
+    from rich.table import Table
+
+    from shoal.eval.report import format_score, format_si
+
+    task = report["verdict"]["primary_task"]
+    metric, sign = report["verdict"]["metric"], 1
+    if report["arms"][0]["tasks"][task]["higher_is_better"]:
+        sign = -1
+    table = Table(title=f"{report['study']['name']}: {task}", title_justify="left")
+    columns = (metric.replace("_", " "), "95% interval", "seeds", "parameters", "active",
+               "FLOPs/token", "resident", "decode ms", "off budget")  # fmt: skip
+    table.add_column("arm")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for arm in sorted(report["arms"], key=lambda arm: sign * arm["tasks"][task]["value"]):
+        scores, cost = arm["tasks"][task], arm["inference"]
+        table.add_row(
+            arm["name"],
+            format_score(scores["value"], metric),
+            " to ".join(format_score(end, metric) for end in scores["ci95"]),
+            " ".join(format_score(one["value"], metric) for one in scores["per_seed"]),
+            format_si(arm["parameters"]["total"]),
+            format_si(arm["parameters"]["active"]),
+            format_si(cost["flops_per_token"]),
+            format_si(cost["bytes_resident"], "B"),
+            f"{cost['latency_ms']['decode']['median']:.1f}",
+            f"{arm['matched']['deviation']:+.1%}",
+        )
+    for row in report["references"]:
+        table.add_row(
+            f"[dim]{row['name']}[/dim]", format_score(row["tasks"][task]["value"], metric)
+        )
+    return table
+
+
+def export_input(folder: Path, seed: int | None) -> ExportInput:
+    """Return an export with what its run recorded, where it lies in a run's folder."""
+    from shoal.eval.inputs import ExportInput
+    from shoal.trainer.metrics import read_metrics
+
+    metrics = read_metrics(folder.parent / "metrics.jsonl") if folder.name == "export" else []
+    return ExportInput(folder, seed, metrics, read_facts(folder).get("provenance", {}))
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """Return shoal.json of an export of ours; nothing for other models."""
+    from shoal.trainer.export import FACTS
+
+    file = folder / FACTS
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise DataError(f"cannot be read: {error}", where=file) from None
+
+
+def read_entries(file: Path) -> list[dict[str, Any]]:
+    """Return ledger lines as plain trees, as a report takes them."""
+    from shoal.trainer.ledger import read_ledger
+
+    return [
+        entry.model_dump() | {"device_seconds": entry.device_seconds} for entry in read_ledger(file)
+    ]
+
+
+def _arm_input(study: Study, arm: Arm) -> ArmInput:
+    from shoal.eval.inputs import ArmInput
+
+    runs = study.runs(arm)
+    exports = [
+        export_input(export, run.seed)
+        for export, run in zip(study.exports(arm), runs, strict=True)
+    ]  # fmt: skip
+    return ArmInput(
+        arm.name,
+        arm.kind,
+        exports,
+        match=arm.config.match.budget if arm.config.match else None,
+        model=arm.model,
+        equal_on=study.config.equal_on,
+        ledger=_ledger(study, arm),
+    )
+
+
+def _ledger(study: Study, arm: Arm) -> list[dict[str, Any]]:
+    """All stages an arm stands on: the corpus, its teacher, its trials, its runs."""
+    stages: list[RunConfig] = []
+    if arm.config.teacher:
+        teacher = study.planner.arms[arm.config.teacher]
+        stages += [*study.trials(teacher), *study.runs(teacher)]
+    stages += [*study.trials(arm), *study.runs(arm)]
+    entries = read_entries(study.corpus.train.parent / LEDGER)
+    for stage in stages:
+        entries += read_entries(run_folder(stage) / LEDGER)
+    return entries
+
+
+def _references(study: Study) -> References:
+    from shoal.data_pipeline.shards import token_counts
+    from shoal.eval.inputs import References
+    from shoal.launcher.study import untrained_folder
+
+    return References(token_counts(study.corpus.train), untrained_folder(study))
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Name models by their folders, a run's export by its run; equal names are numbered."""
+    plain = [f.resolve().parent.name if f.name == "export" else f.resolve().name for f in folders]
+    return [
+        f"{name}-{plain[: i + 1].count(name)}" if plain.count(name) > 1 else name
+        for i, name in enumerate(plain)
+    ]
+
+
+def _kind(facts: Mapping[str, Any], folder: Path) -> str:
+    """Return `distilled`, `moe` or `dense`, as far as the folder tells."""
+    run = facts.get("run") or {}
+    if run.get("teacher"):
+        return "distilled"
+    if run:
+        return "moe" if ModelConfig.model_validate(run["model"]).moe else "dense"
+    from shoal.eval.candidate import Candidate
+
+    return Candidate.open(folder).kind
