@@ -143,6 +143,15 @@ def _check_names(
                 f"no budget named {arm.match!r}; there are {', '.join(budgets)}",
                 where=f"arm {arm.name}",
             )
+    check_primary_task(tasks, primary)
+
+
+def check_primary_task(tasks: Sequence[str], primary: str) -> None:
+    """Refuse a deciding task that is not among the tasks.
+
+    Raises:
+        ConfigError: it is not; names those that are.
+    """
     if primary not in tasks:
         raise ConfigError(
             f"no task named {primary!r}; there are {', '.join(tasks)}", where="primary_task"

@@ -101,9 +101,11 @@ def demo(overrides: Sequence[str] = ()) -> Path:
 def _open_study(config: StudyConfig, file: Path, console: Console) -> Study:
     """Prepare the corpus, settle every shape; nothing is trained before all of it is checked."""
     from shoal.data_pipeline.shards import read_manifest
+    from shoal.eval.compare import check_primary_task
     from shoal.eval.tasks.catalogue import load_tasks
 
-    load_tasks(config.tasks)  # a fault in a task file must not wait until all is trained
+    # A fault in a task must not wait until all is trained.
+    check_primary_task([task.name for task in load_tasks(config.tasks)], config.primary_task)
     beside = file.parent / config.prepare
     prepare_config = load_config(PrepareConfig, beside if beside.is_file() else config.prepare)
     with progress_bars() as progress:

@@ -23,9 +23,7 @@ from shoal.trainer.export import GateError, TokenizerProof, export_model, load_m
 from shoal.trainer.model import Transformer
 
 CONTEXT = 32
-TEXT = (
-    "The synapse's 3 vesicles didn't fuse; α-motor neurons — naïve — waited.\n\n  So did we."
-)
+TEXT = "The synapse's 3 vesicles didn't fuse; α-motor neurons — naïve — waited.\n\n  So did we."
 KERNELS = Kernels(attention="sdpa", experts="loop", loss_chunk_tokens=64)
 SMALL: dict[str, Any] = {"context": CONTEXT, "num_layers": 2, "width": 32, "num_heads": 4}
 SHAPES = {
