@@ -127,7 +127,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
         stated = tree.pop("manifest_sha256")
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise DataError(f"not a manifest of shards: {error!r}", where=file, fix=_REMAKE) from None
     if tree.get("schema_version") != 1:
         raise DataError(

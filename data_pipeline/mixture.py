@@ -79,6 +79,12 @@ def share_block(weights: Sequence[float], block: int = BLOCK_ROWS) -> list[int]:
     Raises:
         ConfigError: more streams than rows in a block, or a share too small for one row.
     """
+    if len(weights) > block:
+        raise ConfigError(
+            f"{len(weights)} streams do not fit into blocks of {block} rows",
+            where="data.train",
+            fix="join some: one corpus may have many sources",
+        )
     total = float(sum(weights))
     exact = [weight / total * block for weight in weights]
     for number, rows in enumerate(exact):
@@ -90,13 +96,11 @@ def share_block(weights: Sequence[float], block: int = BLOCK_ROWS) -> list[int]:
                 fix="raise it, or leave the stream out",
             )
     counts = [max(1, int(rows)) for rows in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
-    missing = block - sum(counts)
-    for i in range(abs(missing)):
-        if missing > 0:
-            counts[by_remainder[i % len(counts)]] += 1
-        else:
-            counts[by_remainder[-1 - i % len(counts)]] -= 1
+    while missing := block - sum(counts):
+        step = 1 if missing > 0 else -1
+        # Rounding small shares up must not take the one row of another.
+        movable = [i for i, count in enumerate(counts) if count + step >= 1]
+        counts[max(movable, key=lambda i: (step * (exact[i] - counts[i]), -i))] += step
     return counts
 
 

@@ -48,7 +48,7 @@ from shoal.data_pipeline.provenance import (
     stored_file,
 )
 from shoal.data_pipeline.rows import Rows
-from shoal.data_pipeline.sources import resolve_path
+from shoal.data_pipeline.sources import DroppedLog, resolve_path
 from shoal.data_pipeline.tokenizer import Tokenizer
 from shoal.data_pipeline.tokens import (
     Progress,
@@ -143,14 +143,28 @@ def _is_done(config: PrepareConfig, output: Path, key: str) -> bool:
         )
     found = read_manifest(output / TRAIN)
     if found.prepare_key == key:
+        _check_complete(config, output)
         return True
     old, new = found.config, settled_config(config)
-    changed = [name for name in new if old.get(name) != new[name]] or ["the source files"]
+    files = "the files of the tokenizer or a source" if config.tokenizer.path else "a source file"
+    changed = [name for name in new if old.get(name) != new[name]] or [files]
     raise ConfigError(
         f"holds shards of another corpus: {', '.join(changed)} changed since",
         where=output,
         fix=f"choose another output=..., or remove the old one: rm -r {output}",
     )
+
+
+def _check_complete(config: PrepareConfig, output: Path) -> None:
+    """Refuse a corpus of which a folder was removed: preparing again would not bring it back."""
+    prepared = _prepared(config, output)
+    for folder in (prepared.tokenizer, prepared.train, prepared.validation):
+        if folder is not None and not folder.is_dir():
+            raise DataError(
+                "is missing from a corpus that was prepared",
+                where=folder,
+                fix=f"remove the rest and prepare it again: rm -r {output}",
+            )
 
 
 @contextlib.contextmanager
@@ -232,14 +246,17 @@ def _settle_tokenizer(config: PrepareConfig, folder: Path, progress: Progress) -
     else:
         assert config.tokenizer.vocab_size is not None
         progress("train tokenizer: read text", 0, None)
-        texts = choose_texts(training_texts(config), config.tokenizer.max_train_bytes)
+        dropped = DroppedLog()
+        texts = choose_texts(training_texts(config, dropped), config.tokenizer.max_train_bytes)
         if not texts:
-            raise DataError("the corpus holds no documents", where=config.train[0].path)
+            cause = ["the corpus holds no documents", *dropped.examples[:10]]
+            raise DataError("\n  ".join(cause), where=", ".join(s.path for s in config.train))
         progress("train tokenizer: find merges", 0, None)
         tokenizer = Tokenizer.train(texts, config.tokenizer.vocab_size)
         progress("train tokenizer: find merges", 1, 1)
     aside = folder.with_name(f"{folder.name}.new")
     tokenizer.save(aside)
+    _sync_folder(aside)
     aside.rename(folder)
     return Tokenizer.load(folder)
 
@@ -271,6 +288,7 @@ def _write_split(
     _write_side_files(plan, split, entries, folder)
     manifest = make_manifest(config, origin, split, tokenizer, plan, entries, folder)
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    _sync_folder(folder)
     folder.rename(work / split.name)
 
 
@@ -290,7 +308,10 @@ def write_shard(plan: ShardPlan, number: int) -> None:
     save_array(part.with_suffix(".npy"), counts)
     entry = _write_mds(plan, number, tokens)
     aside = part.with_suffix(".new")
-    aside.write_text(json.dumps(entry))
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(entry))
+        file.flush()
+        os.fsync(file.fileno())
     aside.rename(part)
 
 

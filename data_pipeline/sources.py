@@ -105,6 +105,13 @@ def list_files(source: SourceConfig) -> list[SourceFile]:
             ".jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt or .md files",
         )
     found = [SourceFile(p, p.relative_to(base).as_posix(), _format_of(p, source)) for p in paths]
+    for file in found:
+        if any("\ud800" <= character <= "\udfff" for character in file.name):
+            raise DataError(
+                f"a file's name is not UTF-8: {file.name!a}",
+                where=source.path,
+                fix="rename it: ids and logs name files",
+            )
     return sorted(found, key=lambda file: file.name)
 
 
@@ -161,7 +168,7 @@ def read_documents(source: SourceConfig, dropped: DroppedLog) -> Iterator[Docume
     files = list_files(source)
     readers: dict[str, Callable[[SourceFile], Iterator[Record]]] = {
         "jsonl": lambda file: _read_jsonl(file, dropped),
-        "parquet": lambda file: _read_parquet(file, source),
+        "parquet": lambda file: _read_parquet(file, source, dropped),
         "text": lambda file: _read_text(file, source, dropped),
     }
     if source.format == "datasets":
@@ -197,13 +204,15 @@ def _make_document(
     if not text.strip():
         dropped.add(place, "empty text")
         return None
+    given = record.get(source.id_key)
+    name = place if given is None else str(given)
     try:
-        text.encode()
+        for part in (text, name, label):
+            part.encode()
     except UnicodeEncodeError:
         dropped.add(place, "not Unicode text: lone surrogates")
         return None
-    given = record.get(source.id_key)
-    return Document(place if given is None else str(given), text, label, source.path)
+    return Document(name, text, label, source.path)
 
 
 def _read_jsonl(file: SourceFile, dropped: DroppedLog) -> Iterator[Record]:
@@ -287,7 +296,7 @@ class _ZstdFile(io.RawIOBase):
                 return
 
 
-def _read_parquet(file: SourceFile, source: SourceConfig) -> Iterator[Record]:
+def _read_parquet(file: SourceFile, source: SourceConfig, dropped: DroppedLog) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
@@ -304,11 +313,25 @@ def _read_parquet(file: SourceFile, source: SourceConfig) -> Iterator[Record]:
             columns = [key for key in dict.fromkeys(keys) if key in known]
             number = 0
             for batch in table.iter_batches(batch_size=256, columns=columns):
-                for record in batch.to_pylist():
+                for record in _to_records(batch):
                     number += 1
-                    yield f"{file.name}:{number}", record
+                    place = f"{file.name}:{number}"
+                    if record is None:
+                        dropped.add(place, "not UTF-8")
+                    else:
+                        yield place, record
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"cannot be read as Parquet: {error}", where=file.path) from None
+
+
+def _to_records(batch: Any) -> list[dict[str, Any] | None]:
+    """Return the rows of a table; None for those whose bytes are not the text they claim to be."""
+    try:
+        return list(batch.to_pylist())
+    except UnicodeDecodeError:  # Parquet readers do not look into strings
+        if batch.num_rows == 1:
+            return [None]
+        return [row for i in range(batch.num_rows) for row in _to_records(batch.slice(i, 1))]
 
 
 def _read_text(file: SourceFile, source: SourceConfig, dropped: DroppedLog) -> Iterator[Record]:

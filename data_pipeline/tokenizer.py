@@ -33,8 +33,9 @@ _GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\
 
 _PROBE = (
     "The synapse's 3 vesicles didn't fuse; they'll wait.\n\n\tif x >= 10:  return 'α-motor'  \r\n"
-    " Ünïcödé — naïve café 中文字符 日本語 한국어 العربية हिन्दी ½ ² Ⅷ \u00a0\u200b\u2028\ufb01\u0301e\u0301"
-    " \U0001f469\U0001f3fd\u200d\U0001f52c <|endoftext|> <|endoftext|><s></s> [PAD] 1234567890 3.14e-10"
+    " Ünïcödé — naïve café 中文字符 日本語 한국어 العربية हिन्दी ½ ² Ⅷ"
+    " \u00a0\u200b\u2028\ufb01\u0301e\u0301 \U0001f469\U0001f3fd\u200d\U0001f52c"
+    " <|endoftext|> <|endoftext|><s></s> [PAD] 1234567890 3.14e-10"
     " CamelCaseWord ALLCAPS --- ... !!!    blanks   \n\n\n   \x00\x07 http://example.org/a_b?c=d "
 )
 
@@ -64,6 +65,12 @@ class Tokenizer:
             raise DataError(f"has no token {eot!r} to end a document with", where=where)
         self.eot_token = eot
         self.eot_id = int(found)
+        if self.eot_id in self._encode_slow([eot])[0]:
+            raise DataError(
+                f"takes {eot!r} within a text for the end of the text",
+                where=where,
+                fix="mark it as special: added_tokens in tokenizer.json",
+            )
         self._fast = self._build_fast()
 
     @classmethod
@@ -136,7 +143,7 @@ class Tokenizer:
     @cached_property
     def token_bytes(self) -> np.ndarray:
         """UTF-8 bytes of text each id stands for, special tokens for none.  # (vocab,) int64"""
-        special = {t["id"] for t in self._tree["added_tokens"] if t["special"]}
+        special = {t["id"] for t in self._tree["added_tokens"] if t["special"]} | {self.eot_id}
         sizes = [0 if i in special else len(piece) for i, piece in enumerate(self._pieces)]
         return np.asarray(sizes, dtype=np.int64)
 
@@ -212,7 +219,12 @@ class Tokenizer:
             )
         if model.get("dropout"):
             raise DataError("has BPE dropout: its ids are random", where=self._where)
-        missing = set(_byte_symbols()) - set(model["vocab"])
+        symbols = set(_byte_symbols())
+        added = {token["content"] for token in self._tree["added_tokens"]}
+        marks = [model.get("continuing_subword_prefix"), model.get("end_of_word_suffix")]
+        if any(marks) or any(set(t) - symbols for t in set(model["vocab"]) - added):
+            raise DataError("has tokens that are more than bytes of text", where=self._where)
+        missing = symbols - set(model["vocab"])
         if missing:
             raise DataError(f"has no token for {len(missing)} of the 256 bytes", where=self._where)
 
@@ -262,14 +274,21 @@ class Tokenizer:
         return None
 
     def _ranks_are_merges(self) -> bool:
-        """Whether ids rise in the order of merges, the one thing tiktoken knows of them."""
+        """Whether ids rise in the order of merges, the one thing tiktoken knows of them.
+
+        It also takes a word that is a token for that token, so every token must be what the merges
+        make of its own symbols.
+        """
         model = self._tree["model"]
         vocab: dict[str, int] = model["vocab"]
         made = ["".join(_merge_pair(merge)) for merge in model["merges"]]
         ids = [vocab[token] for token in made]
         added = {token["content"] for token in self._tree["added_tokens"]}
         reachable = set(made) | set(_byte_symbols()) | added
-        return all(a < b for a, b in itertools.pairwise(ids)) and set(vocab) <= reachable
+        rising = all(a < b for a, b in itertools.pairwise(ids))
+        if not rising or not set(vocab) <= reachable:
+            return False
+        return all(len(self._backend.model.tokenize(token)) == 1 for token in made)
 
 
 def _merge_pair(merge: str | list[str]) -> list[str]:

@@ -68,10 +68,10 @@ def held_out(document: Document, share: float) -> bool:
     return int.from_bytes(digest, "big") < share * 2**64
 
 
-def training_texts(config: PrepareConfig) -> Iterator[str]:
+def training_texts(config: PrepareConfig, dropped: DroppedLog | None = None) -> Iterator[str]:
     """Yield the training documents of a corpus, those held out left aside."""
     for source in config.train:
-        for document in read_documents(source, DroppedLog()):
+        for document in read_documents(source, DroppedLog() if dropped is None else dropped):
             if not held_out(document, config.validation_share):
                 yield document.text
 

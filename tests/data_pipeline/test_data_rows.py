@@ -1,0 +1,233 @@
+"""Rows and manifests: damage to a folder of shards is named by the call that meets it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from shoal.configs.errors import ConfigError, DataError
+from shoal.data_pipeline.manifest import (
+    check_context,
+    check_tokenizer,
+    read_manifest,
+    token_counts,
+    verify,
+)
+from shoal.data_pipeline.packing import find_segments, find_targets
+from shoal.data_pipeline.rows import Rows
+from shoal.data_pipeline.shards import prepare
+from shoal.data_pipeline.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory, make_config):
+    """As `prepared`, with compressed shards."""
+    return prepare(make_config(tmp_path_factory.mktemp("packed") / "c", compression="zstd"))
+
+
+@pytest.fixture(params=["plain", "zstd"])
+def folder(request, prepared, packed, tmp_path):
+    """A training split that the test may damage."""
+    whole = prepared if request.param == "plain" else packed
+    shutil.copytree(whole.train, tmp_path / "train")
+    return tmp_path / "train"
+
+
+def test_rows_come_in_the_order_asked_for(folder, prepared):
+    rows, original = Rows.open(folder), Rows.open(prepared.train)
+    numbers = np.random.default_rng(0).integers(0, len(rows), 500)
+    tokens, segments = rows.gather(numbers)
+    assert tokens.dtype == np.int64 and tokens.shape == (500, 17)
+    expected, _ = original.gather(np.arange(len(rows)))
+    assert np.array_equal(tokens, expected[numbers])
+    assert np.array_equal(segments, find_segments(tokens, rows.manifest.eot_id))
+    assert np.array_equal(expected[1:, 0], expected[:-1, -1])  # rows share their borders
+
+
+def test_no_rows_and_no_such_row(prepared):
+    rows = Rows.open(prepared.train)
+    tokens, segments = rows.gather(np.asarray([], dtype=np.int64))
+    assert tokens.shape == (0, 17) and segments.shape == (0, 16)
+    for number in (-1, len(rows)):
+        with pytest.raises(IndexError, match=f"from 0 to {len(rows) - 1}"):
+            rows.gather(np.asarray([0, number]))
+
+
+def test_tokenizer_lies_beside_the_rows(prepared):
+    rows = Rows.open(prepared.train)
+    tokenizer = Tokenizer.load(rows.tokenizer_folder)
+    check_tokenizer(rows.manifest, tokenizer)
+    other = Tokenizer.train(["ab ab"], 300)
+    with pytest.raises(DataError) as caught:
+        check_tokenizer(rows.manifest, other)
+    assert other.fingerprint[:12] in caught.value.cause
+    assert tokenizer.fingerprint[:12] in caught.value.cause
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGES = {
+    "missing": (lambda file: file.unlink(), "missing"),
+    "cut": (lambda file: file.write_bytes(file.read_bytes()[:-1]), "bytes instead of"),
+    "empty": (lambda file: file.write_bytes(b""), "0 bytes instead of"),
+    "longer": (lambda file: file.write_bytes(file.read_bytes() + b"x"), "bytes instead of"),
+    "flipped": (flip, "corrupt"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_shard_is_named_by_the_gather_that_meets_it(damage, folder):
+    ruin, message = DAMAGES[damage]
+    shards = read_manifest(folder).shards
+    file = folder / shards[3].file
+    ruin(file)
+    rows = Rows.open(folder)
+    first = sum(shard.rows for shard in shards[:3])
+    rows.gather(np.arange(first))
+    after = first + shards[3].rows
+    rows.gather(np.arange(after, len(rows)))
+    for numbers in ([first], [0, after - 1, len(rows) - 1]):
+        with pytest.raises(DataError, match=message) as caught:
+            rows.gather(np.asarray(numbers))
+        assert caught.value.where == str(file)
+        assert caught.value.exit_code == 3
+    with pytest.raises(DataError, match=message) as caught:
+        verify(folder)
+    assert caught.value.where == str(file)
+
+
+def rewrite(folder, change):
+    """Change the facts of a manifest and sign it again, as a forger or an older version would."""
+    manifest = read_manifest(folder)
+    (folder / "manifest.json").write_text(manifest.model_copy(update=change).to_json())
+
+
+def test_shard_of_another_layout_is_refused(folder):
+    """The hash fits, the content does not: no row of it is given out."""
+    shards = list(read_manifest(folder).shards)
+    shards[0] = shards[0].model_copy(update={"rows": shards[0].rows + 1})
+    shards[1] = shards[1].model_copy(update={"rows": shards[1].rows - 1})
+    rewrite(folder, {"shards": tuple(shards)})
+    with pytest.raises(DataError, match=r"holds \d+ rows, not") as caught:
+        Rows.open(folder).gather(np.asarray([0]))
+    assert caught.value.where == str(folder / shards[0].file)
+
+
+def test_rows_of_another_size_are_refused(folder):
+    rewrite(folder, {"context": 15})
+    with pytest.raises(DataError, match="rows of another size"):
+        Rows.open(folder).gather(np.asarray([0]))
+
+
+def test_compressed_shard_of_another_content_is_refused(packed, tmp_path):
+    shutil.copytree(packed.train, tmp_path / "train")
+    shards = list(read_manifest(packed.train).shards)
+    shards[0] = shards[0].model_copy(update={"raw_bytes": 5})
+    rewrite(tmp_path / "train", {"shards": tuple(shards)})
+    with pytest.raises(DataError, match="unpacks to another size"):
+        Rows.open(tmp_path / "train").gather(np.asarray([0]))
+
+
+def test_verify_proves_a_sound_folder(folder):
+    assert verify(folder) == read_manifest(folder)
+
+
+@pytest.mark.parametrize("name", ["index.json", "counts.npy", "dropped.jsonl"])
+@pytest.mark.parametrize("missing", [True, False])
+def test_verify_covers_the_other_files(name, missing, folder):
+    file = folder / name
+    if missing:
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes() + b" ")
+    with pytest.raises(DataError, match="is missing" if missing else "was altered") as caught:
+        verify(folder)
+    assert caught.value.where == str(file)
+
+
+def test_verify_names_what_does_not_belong(folder):
+    (folder / "shard.99999.mds").write_bytes(b"")
+    with pytest.raises(DataError, match="not in its manifest") as caught:
+        verify(folder)
+    assert caught.value.where == str(folder / "shard.99999.mds")
+
+
+@pytest.mark.parametrize("change", [{"rows": 5}, {"shards_hash": "0" * 64}])
+def test_verify_counts(change, folder):
+    rewrite(folder, change)
+    with pytest.raises(DataError, match="do not agree with its shards"):
+        verify(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("rows", 3), ("context", 8), ("shards", []), ("config", {}), ("extra", 1)]
+)
+def test_altered_manifest(key, value, folder):
+    file = folder / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    for call in (Rows.open, verify, token_counts, read_manifest):
+        with pytest.raises(DataError, match="altered after it was written") as caught:
+            call(folder)
+        assert caught.value.where == str(file)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "{}", "[]", "[1]", '"x"', "null", "5", "\xff", '{"manifest_sha256": 1']
+)
+def test_not_a_manifest(text, tmp_path):
+    (tmp_path / "manifest.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError, match="not a manifest") as caught:
+        Rows.open(tmp_path)
+    assert caught.value.where == str(tmp_path / "manifest.json")
+
+
+def test_other_schema_version(folder):
+    file = folder / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"schema_version": 2}))
+    with pytest.raises(DataError, match="schema version 2; this Shoal reads 1"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize("name", ["../x.mds", "/etc/passwd", "a/b.mds", ".hidden"])
+def test_shard_outside_its_folder_is_refused(name, folder):
+    shard = read_manifest(folder).shards[0].model_copy(update={"file": name})
+    rewrite(folder, {"shards": (shard,)})
+    with pytest.raises(DataError, match="outside its folder"):
+        read_manifest(folder)
+
+
+def test_folder_without_shards(tmp_path, prepared):
+    for folder in (tmp_path, tmp_path / "gone", prepared.output):
+        with pytest.raises(DataError, match="no shards there") as caught:
+            Rows.open(folder)
+        assert caught.value.where == str(folder)
+
+
+def test_context_must_fit(prepared):
+    manifest = read_manifest(prepared.train)
+    check_context(manifest, 16)
+    for context, word in ((17, "longer"), (15, "shorter")):
+        with pytest.raises(ConfigError, match=f"context {context} is {word} than") as caught:
+            check_context(manifest, context)
+        assert caught.value.where == "model.context"
+        assert "model.context=16" in str(caught.value.fix)
+
+
+def test_token_counts_are_the_targets(folder):
+    rows = Rows.open(folder)
+    tokens, _ = rows.gather(np.arange(len(rows)))
+    targets = find_targets(tokens, rows.manifest.eot_id)
+    counts = token_counts(folder)
+    expected = np.bincount(targets[targets >= 0], minlength=rows.manifest.vocab_size)
+    assert np.array_equal(counts, expected)
+    assert counts[rows.manifest.eot_id] == rows.manifest.documents
+    (folder / "counts.npy").write_bytes(b"other")
+    with pytest.raises(DataError, match="missing or were altered"):
+        token_counts(folder)
