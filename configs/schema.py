@@ -61,6 +61,12 @@ class ModelConfig(Section):
     rope_theta: float = Field(10_000.0, gt=0)
     norm_eps: float = Field(1e-5, gt=0)
     init_std: float = Field(0.02, gt=0)
+    output_gain: float = Field(
+        1.0,
+        gt=0,
+        description="start of the final norm's gain: narrow models trained for few steps leave the "
+        "unigram plateau sooner, and two seeds end closer, with about 8",
+    )
     moe: MoEConfig | None = None
 
     @model_validator(mode="after")

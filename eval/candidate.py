@@ -190,7 +190,7 @@ class Candidate:
 
         options = {"experts_implementation": experts} if experts and self._expert_count else {}
         model = open_pretrained(self.folder, dtype, **options)
-        return model.to("cuda" if torch.cuda.is_available() else "cpu")
+        return model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
 
     @property
     def _expert_count(self) -> int:

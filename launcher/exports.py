@@ -112,7 +112,7 @@ def generate(
     drawing = {"temperature": temperature, "top_k": top_k} if temperature else {}
     tokens = torch.tensor([ids], device=model.device)
     with torch.inference_mode():
-        longer = model.generate(
+        longer = model.generate(  # type: ignore[operator]
             tokens,
             attention_mask=torch.ones_like(tokens),
             max_new_tokens=count,
@@ -121,7 +121,7 @@ def generate(
             **drawing,
         )
     added = longer[0, len(ids) :].tolist()
-    return prompt + candidate.tokenizer.decode(added, skip_special_tokens=True)
+    return prompt + str(candidate.tokenizer.decode(added, skip_special_tokens=True))
 
 
 def _export(

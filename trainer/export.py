@@ -197,7 +197,7 @@ def _check_generation(
     """
     prompt = row[:, : max(1, row.shape[1] // 2)]
     count = min(GENERATED_TOKENS, row.shape[1] - prompt.shape[1])
-    longer = theirs.generate(
+    longer: Tensor = theirs.generate(  # type: ignore[operator]
         prompt, max_new_tokens=count, do_sample=False, attention_mask=torch.ones_like(prompt)
     )
     logits = ours(longer)[0]

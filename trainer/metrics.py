@@ -86,7 +86,7 @@ class Metrics:
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         if self.active:
-            self._progress.console.print(text, highlight=False)
+            self._progress.console.print(text, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Stop the bar and close the file."""

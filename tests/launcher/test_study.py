@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from shoal.configs.corpus import PrepareConfig
 from shoal.configs.errors import ConfigError
 from shoal.configs.load import build_config, find_config, load_config
 from shoal.configs.schema import RunConfig
@@ -92,7 +93,8 @@ def test_shapes_meet_their_budgets_on_their_axis() -> None:
 
 def test_the_demo_meets_its_budgets_and_gives_every_arm_the_same() -> None:
     config = load_config(StudyConfig, find_config("studies/demo.yaml"))
-    corpus = CorpusFacts(Path("t"), Path("v"), "abc", 2048)
+    prepare = load_config(PrepareConfig, find_config(f"studies/{config.prepare}"))
+    corpus = CorpusFacts(Path("t"), Path("v"), "abc", prepare.tokenizer.vocab_size)
     planner = RunPlanner(config, corpus, settle_arms(config, corpus))
     arms = [planner.arms[name] for name in config.arms]
     for arm in arms:
