@@ -1,0 +1,1 @@
+"""Speed claims, ours and the peer in turns in one run: `python -m benchmarks.NAME [--quick]`."""
