@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import re
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -12,6 +13,7 @@ Axis = Literal[
     "active_flops_per_token", "resident_bytes", "kv_bytes_per_token", "latency_ms",
     "tokens_per_second",
 ]  # fmt: skip
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 SOLVED_AXES = ("active_flops_per_token", "resident_bytes", "kv_bytes_per_token")
 
 
@@ -43,7 +45,7 @@ class TasksConfig(Section):
 class TuningConfig(Section):
     """The learning-rate search that every arm gets, on equal terms; its cost is booked."""
 
-    lrs: tuple[float, ...] = Field(min_length=1)
+    lrs: tuple[Annotated[float, Field(gt=0)], ...] = Field(min_length=1)
     tokens: Count = Field(description="training tokens of one trial")
     seed: int = 1000
 
@@ -59,7 +61,6 @@ class MatchConfig(Section):
 class ArmConfig(Section):
     """One contestant: overrides of the study's `run`, ending in one export a seed."""
 
-    kind: Literal["dense", "moe", "distilled"] = "dense"
     match: MatchConfig | None = None
     run: dict[str, Any] = Field(default_factory=dict, description="overrides of the study's run")
     teacher: str | None = Field(None, description="name of a support run of this study")
@@ -70,7 +71,7 @@ class ArmConfig(Section):
 class StudyConfig(Section):
     """Arms + budgets + tasks -> report."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=NAME)
     output: str = Field("reports", description="report folder is output/name")
     runs: str = Field("runs", description="run folders are runs/name/stage")
     prepare: str = Field(description="corpus config, relative to this file")
@@ -86,6 +87,21 @@ class StudyConfig(Section):
     tasks: TasksConfig = TasksConfig()
     primary_task: str = Field(description="the task whose metric names the winner")
     world: WorldConfig = WorldConfig()
+
+    @model_validator(mode="after")
+    def _nothing_twice(self) -> StudyConfig:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds {list(self.seeds)}: one is given twice, which shows no spread")
+        both = self.arms.keys() & self.support.keys()
+        if both:
+            raise ValueError(f"{', '.join(sorted(both))}: an arm and a support run of one name")
+        for name in (*self.arms, *self.support):
+            if not re.match(NAME, name):
+                raise ValueError(f"arm {name!r}: names are letters, digits, '.', '_' and '-'")
+        for name, run in self.support.items():
+            if run.teacher:
+                raise ValueError(f"support run {name}: a teacher of a teacher is not supported")
+        return self
 
     @model_validator(mode="after")
     def _names_exist(self) -> StudyConfig:

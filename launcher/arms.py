@@ -40,7 +40,9 @@ class Arm:
     @property
     def kind(self) -> str:
         """`dense`, `moe` or `distilled`."""
-        return self.config.kind
+        if self.config.teacher:
+            return "distilled"
+        return "moe" if self.model.moe else "dense"
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ def settle_arms(study: StudyConfig, corpus: CorpusFacts) -> list[Arm]:
     for shared, group in ((True, study.support), (False, study.arms)):
         for name, config in group.items():
             run = _base_config(study, config, corpus, name)
+            if not shared:
+                _check_equal_training(study, run, corpus, name)
             size = run.model.vocab_size or corpus.vocab_size
             size = math.ceil(size / run.model.vocab_multiple) * run.model.vocab_multiple
             model = run.model.model_copy(update={"vocab_size": size})
@@ -81,6 +85,39 @@ def settle_arms(study: StudyConfig, corpus: CorpusFacts) -> list[Arm]:
                     ) from None
             arms.append(Arm(name, config, model, shared))
     return arms
+
+
+# What an arm may have of its own: its shape, and how its passes are cut up and sharded.
+OWN_SECTIONS = ("model", "kernels", "name")
+OWN_TRAIN = ("micro_batch_rows", "zero_stage", "activation_checkpointing", "compile")
+
+
+def _check_equal_training(
+    study: StudyConfig, run: RunConfig, corpus: CorpusFacts, name: str
+) -> None:
+    """Refuse an arm that would be trained otherwise than the study says.
+
+    Raises:
+        ConfigError: names the keys.
+    """
+    common = _base_config(study, ArmConfig(), corpus, name).model_dump(mode="json")
+    own = run.model_dump(mode="json")
+    free = {"train": OWN_TRAIN, "optim": ("lr",)}
+    differing = [
+        f"{section}.{key}"
+        for section, values in own.items()
+        if section not in OWN_SECTIONS and isinstance(values, dict)
+        for key, value in values.items()
+        if key not in free.get(section, ()) and value != (common[section] or {}).get(key)
+    ]
+    differing += [key for key in ("seed", "prepare", "teacher") if own[key] != common[key]]
+    if differing:
+        raise ConfigError(
+            f"arm {name} would be trained otherwise than the rest: {', '.join(differing)}",
+            where=f"study {study.name}",
+            fix="set these in the study's own `run`, for all arms; an arm may change model, "
+            "kernels and optim.lr (a teacher is named with `teacher`)",
+        )
 
 
 def _base_config(study: StudyConfig, arm: ArmConfig, corpus: CorpusFacts, name: str) -> RunConfig:
@@ -124,13 +161,16 @@ class RunPlanner:
         """Training tokens that cost as many FLOPs as the first arm's, where FLOPs are equal."""
         if self.study.equal_on == "tokens" or arm.shared:
             return None
-        from shoal.trainer.cost import training_flops_per_token
-
         first = self.arms[next(iter(self.study.arms))]
         base = _base_config(self.study, first.config, self.corpus, first.name)
-        ours = training_flops_per_token(arm.model, arm.model.context)
-        theirs = training_flops_per_token(first.model, first.model.context)
-        return round(base.train.tokens * theirs / ours)
+        return round(base.train.tokens * self._flops(first) / self._flops(arm))
+
+    def _flops(self, arm: Arm) -> int:
+        """FLOPs of one trained token of an arm, its teacher's forward pass included."""
+        from shoal.trainer.cost import training_flops_per_token
+
+        teacher = self.arms[arm.config.teacher].model if arm.config.teacher else None
+        return training_flops_per_token(arm.model, arm.model.context, teacher)
 
     def _config(
         self, arm: Arm, changes: dict[str, Any], teacher: Path | None, *, label: str, kind: str

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.configs.errors import ConfigError, DataError
-from shoal.configs.load import config_hash
+from shoal.configs.load import build_config, config_hash
 from shoal.configs.schema import KernelConfig, ModelConfig, RunConfig
-from shoal.launcher.training import Corpus, open_corpus, read_run
+from shoal.launcher.training import CONFIG_FILE, Corpus, open_corpus, read_run
 
 if TYPE_CHECKING:
     from shoal.data_pipeline.shards import Rows
@@ -21,38 +22,66 @@ GATE_ROWS = 2
 GATE_TEXT_TOKENS = 256
 
 
-def export_run(run: Path, out: Path, dtype: str = "fp32") -> ExportReport:
+def export_run(
+    run: Path,
+    out: Path,
+    dtype: str = "fp32",
+    *,
+    complete: bool = False,
+    warn: Callable[[str], None] = print,
+) -> ExportReport:
     """Export the newest whole checkpoint of a run as a Hugging Face folder; book the cost.
+
+    Args:
+        run: Folder of the run.
+        out: Folder to make.
+        dtype: fp32 or bf16: precision of the stored weights.
+        complete: Whether only the last step of the run will do.
+        warn: Told of damaged checkpoints that are passed over.
 
     Raises:
         ConfigError: `run` is no run, or `out` exists.
-        DataError: no checkpoint, or none that verifies.
+        DataError: no checkpoint, none that verifies, or the shards are not those of the run.
         GateError: what was written does not agree with the model.
     """
     from shoal.trainer.checkpoint import TensorReader, newest_checkpoint
     from shoal.trainer.ledger import LedgerEntry, append_entry, now
+    from shoal.trainer.loop import check_same_rows
     from shoal.trainer.model import Transformer
 
     if out.exists():
         raise ConfigError("exists already", where=out, fix="choose another folder, or remove it")
     started, begun = now(), time.monotonic()
-    config = read_run(run)
-    found = newest_checkpoint(run / "checkpoints")
+    found = newest_checkpoint(run / "checkpoints", warn=warn)
     if found is None:
-        raise DataError("has no checkpoint yet", where=run, fix=f"train it first: shoal train "
-                        f"{run / 'config.yaml'}")  # fmt: skip
+        raise DataError("has no checkpoint yet", where=run, fix=f"shoal train {run / CONFIG_FILE}")
     folder, manifest = found
+    # What was trained is what the checkpoint says; config.yaml tells where the shards are now.
+    config = build_config(RunConfig, manifest.run, where=folder)
+    if complete and manifest.step != config.steps:
+        raise DataError(
+            f"the newest whole checkpoint is step {manifest.step} of {config.steps}",
+            where=run,
+            fix=f"train the rest: shoal train {run / CONFIG_FILE}",
+        )
+    corpus = open_corpus(config.model_copy(update={"data": read_run(run).data}))
+    check_same_rows(manifest.position, corpus.identity(), where=folder)
     reader = TensorReader(folder, manifest)
     model = Transformer(config.model, _cpu_kernels())
     model.load_state_dict({name: reader.read(name) for name in manifest.tensors})
-    corpus = open_corpus(config)
     facts = {
         "name": config.name,
         "run": config.model_dump(mode="json"),
         "step": manifest.step,
         "tokens": manifest.step * config.step_tokens,
         "validation": _last_validation(run, manifest.step),
-        "provenance": provenance(config, corpus, folder.name),
+        "provenance": {
+            "config_hash": config_hash(config, without=("output", "world")),
+            "shards_hash": corpus.manifest.shards_hash,
+            "checkpoint": folder.name,
+            "seed": config.seed,
+            "command": f"shoal train {run / CONFIG_FILE}",
+        },
     }
     report = _export(model, config.model, corpus, out, facts, dtype)
     entry = LedgerEntry(
@@ -74,17 +103,6 @@ def export_untrained(shape: ModelConfig, seed: int, corpus: Corpus, out: Path) -
     model.initialize(seed)
     facts = {"name": "untrained", "run": {}, "step": 0, "tokens": 0, "validation": None}
     _export(model, shape, corpus, out, facts, "fp32")
-
-
-def provenance(config: RunConfig, corpus: Corpus, checkpoint: str) -> dict[str, Any]:
-    """Return what an export came from: config, shards, checkpoint, seed, command."""
-    return {
-        "config_hash": config_hash(config, without=("output", "world")),
-        "shards_hash": corpus.manifest.shards_hash,
-        "checkpoint": checkpoint,
-        "seed": config.seed,
-        "command": f"shoal train {config.name}/config.yaml",
-    }
 
 
 def generate(

@@ -7,6 +7,7 @@ checkpoint.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,14 +15,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shoal.configs.corpus import PrepareConfig
-from shoal.configs.errors import DataError
+from shoal.configs.errors import ConfigError, DataError
 from shoal.configs.load import find_config, load_config
 from shoal.configs.schema import RunConfig
 from shoal.configs.study import StudyConfig
 from shoal.launcher.arms import Arm, CorpusFacts, RunPlanner, best_rate, settle_arms
 from shoal.launcher.exports import export_run, export_untrained
 from shoal.launcher.tables import progress_bars
-from shoal.launcher.training import is_complete, open_corpus, prepare_corpus, run_folder
+from shoal.launcher.training import (
+    has_diverged,
+    is_complete,
+    open_corpus,
+    prepare_corpus,
+    run_folder,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -142,7 +149,11 @@ def _do_runs(study: Study, runs: Sequence[RunConfig], what: str) -> None:
     """Train those of `runs` that are not complete, in one start of the ranks."""
     from shoal.launcher.processes import train_configs
 
-    missing = [run for run in runs if not is_complete(run_folder(run), run)]
+    missing = [
+        run
+        for run in runs
+        if not (is_complete(run_folder(run), run) or has_diverged(run_folder(run)))
+    ]
     if not missing:
         return
     study.console.print(f"[bold]{len(missing)} {what}[/bold] ({len(runs) - len(missing)} done)")
@@ -156,12 +167,24 @@ def _choose_rate(study: Study, arm: Arm) -> float | None:
     losses = {}
     for trial in study.trials(arm):
         records = read_metrics(run_folder(trial) / "metrics.jsonl")
-        losses[trial.optim.lr] = [r["loss"] for r in records if r["kind"] == "validation"][-1]
+        scores = [r["loss"] for r in records if r["kind"] == "validation"]
+        losses[trial.optim.lr] = math.inf if has_diverged(run_folder(trial)) else scores[-1]
     if not losses:
         return None
     best = best_rate(losses)
     tried = ", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in losses.items())
-    study.console.print(f"{arm.name}: learning rate {best:g} (validation loss {tried})")
+    if math.isinf(losses[best]):
+        raise ConfigError(
+            f"arm {arm.name}: no rate that was tried trains ({tried})",
+            where="tuning.lrs",
+            fix="try lower ones",
+        )
+    edge = len(losses) > 1 and best in (min(losses), max(losses))
+    study.console.print(
+        f"{arm.name}: learning rate {best:g} (validation loss {tried})"
+        + ("; at the edge of those tried" if edge else ""),
+        soft_wrap=True,
+    )
     return best
 
 
@@ -169,7 +192,7 @@ def _export(study: Study, run: RunConfig) -> None:
     out = run_folder(run) / "export"
     if not out.exists():
         with study.console.status(f"exporting {run.name}"):
-            report = export_run(run_folder(run), out)
+            report = export_run(run_folder(run), out, complete=True)
         study.console.print(
             f"exported {run.name}: logits equal to {report.max_logit_difference:.1e}"
         )

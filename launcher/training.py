@@ -15,18 +15,20 @@ from typing import TYPE_CHECKING, Any
 from shoal.configs.corpus import PrepareConfig
 from shoal.configs.errors import ConfigError, DataError, PreflightError
 from shoal.configs.load import build_config, dump_config, load_config, read_tree
-from shoal.configs.schema import ModelConfig, RunConfig
+from shoal.configs.schema import RunConfig
 
 if TYPE_CHECKING:
     import torch
 
+    from shoal.data_pipeline.loader import Loader
     from shoal.data_pipeline.shards import Manifest, Prepared, Rows
     from shoal.launcher.tables import Progress
     from shoal.launcher.world import World
-    from shoal.trainer.loop import Validation
-    from shoal.trainer.objective import Teacher
+    from shoal.trainer.loop import RunFacts, Validation
+    from shoal.trainer.objective import Objective, Teacher
 
 CONFIG_FILE = "config.yaml"
+DIVERGED = "diverged.txt"
 WAIT_SECONDS = 1.0
 
 
@@ -68,38 +70,87 @@ def train(configs: Sequence[RunConfig], world: World) -> None:
 
 
 def _train_one(config: RunConfig, world: World, device: torch.device) -> None:
-    import torch
-
-    from shoal.data_pipeline.loader import Loader
-    from shoal.kernels.backend import resolve
     from shoal.trainer.engine import Engine
-    from shoal.trainer.loop import RunFacts
+    from shoal.trainer.loop import NonFiniteLossError
     from shoal.trainer.loop import train as run_loop
-    from shoal.trainer.model import Transformer
-    from shoal.trainer.objective import Objective
 
     folder = run_folder(config)
     lock = _lock(folder, world)
     corpus = open_corpus(config)
     config = resolve_run(config, corpus.manifest)
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    kernels = resolve(config.kernels, device, dtype)
+    _check_resume(folder, config, corpus)
     if world.rank == 0:
         _write_config(folder, config)
+    objective = _build_objective(config, corpus, device)
+    loader = _build_loader(config, corpus, world)
+    engine = Engine(
+        objective,
+        config.optim,
+        config.train,
+        accumulation=loader.accumulation,
+        device=device,
+    )
+    try:
+        run_loop(
+            engine,
+            loader,
+            config,
+            _run_facts(config, world, objective.teacher),
+            validation=_validation(config, corpus, world),
+            stop_requested=lambda: world.stop.requested,
+            position=corpus.identity(),
+        )
+    except NonFiniteLossError as error:
+        if config.ledger.kind != "tune":
+            raise
+        if world.rank == 0:  # a rate that is too high is a result of a search, not its end
+            _write_aside(folder / DIVERGED, str(error))
+    engine.close()
+    lock.close()
+
+
+def _check_resume(folder: Path, config: RunConfig, corpus: Corpus) -> None:
+    """Refuse to go on with another config or other rows before anything is built or written."""
+    from shoal.trainer.checkpoint import read_manifest
+    from shoal.trainer.loop import check_same_rows, check_same_run
+
+    for checkpoint in sorted(folder.glob("checkpoints/step-[0-9]*"), reverse=True):
+        try:
+            manifest = read_manifest(checkpoint)
+        except DataError:
+            continue  # passed over with a warning when the newest whole one is looked for
+        check_same_run(manifest.run, config, where=checkpoint)
+        check_same_rows(manifest.position, corpus.identity(), where=checkpoint)
+        return
+
+
+def _build_objective(config: RunConfig, corpus: Corpus, device: torch.device) -> Objective:
+    import torch
+
+    from shoal.kernels.backend import resolve
+    from shoal.trainer.model import Transformer
+    from shoal.trainer.objective import Objective
+
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    kernels = resolve(config.kernels, device, dtype)
     model = Transformer(config.model, kernels)
     model.initialize(config.seed)
     model.activation_checkpointing = config.train.activation_checkpointing
     if config.train.compile:
         for block in model.blocks:
             block.compile()
-    teacher = load_teacher(config, corpus.manifest, device, dtype)
-    objective = Objective(
+    return Objective(
         model,
         loss_chunk_tokens=kernels.loss_chunk_tokens,
         moe=config.model.moe,
-        teacher=teacher,
+        teacher=load_teacher(config, corpus.manifest, device, dtype),
     )
-    loader = Loader(
+
+
+def _build_loader(config: RunConfig, corpus: Corpus, world: World) -> Loader:
+    from shoal.data_pipeline.loader import Loader
+
+    return Loader(
         corpus.train,
         seed=config.seed,
         batch_rows=config.train.batch_rows,
@@ -108,40 +159,23 @@ def _train_one(config: RunConfig, world: World, device: torch.device) -> None:
         num_ranks=world.num_ranks,
         document_mask=config.data.document_mask,
     )
-    engine = Engine(
-        objective,
-        config.optim,
-        config.train,
-        accumulation=loader.accumulation,
-        device=device,
-    )
-    run_loop(
-        engine,
-        loader,
-        config,
-        RunFacts(
-            folder=folder,
-            rank=world.rank,
-            ranks=world.num_ranks,
-            device=world.device_name,
-            training_flops_per_token=_training_flops(config.model, teacher),
-            scope=config.ledger.scope,
-            kind=config.ledger.kind,
+
+
+def _run_facts(config: RunConfig, world: World, teacher: Teacher | None) -> RunFacts:
+    from shoal.trainer.cost import training_flops_per_token
+    from shoal.trainer.loop import RunFacts
+
+    return RunFacts(
+        folder=run_folder(config),
+        rank=world.rank,
+        ranks=world.num_ranks,
+        device=world.device_name,
+        training_flops_per_token=training_flops_per_token(
+            config.model, config.model.context, teacher.model.config if teacher else None
         ),
-        validation=_validation(config, corpus, world),
-        stop_requested=lambda: world.stop.requested,
-        position=corpus.identity(),
+        scope=config.ledger.scope,
+        kind=config.ledger.kind,
     )
-    engine.close()
-    lock.close()
-
-
-def _training_flops(model: ModelConfig, teacher: Teacher | None) -> int:
-    """FLOPs of one trained token; a teacher adds its forward pass."""
-    from shoal.trainer.cost import flops_per_token, training_flops_per_token
-
-    own = training_flops_per_token(model, model.context)
-    return own + (flops_per_token(teacher.model.config, model.context).total if teacher else 0)
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -150,10 +184,20 @@ def run_folder(config: RunConfig) -> Path:
 
 
 def is_complete(folder: Path, config: RunConfig) -> bool:
-    """Return whether a run has its last checkpoint; only names are read."""
-    from shoal.trainer.checkpoint import checkpoint_name
+    """Return whether a run has its last checkpoint, whole; a damaged one is trained again."""
+    from shoal.trainer.checkpoint import checkpoint_name, verify_checkpoint
 
-    return (folder / "checkpoints" / checkpoint_name(config.steps) / "manifest.json").is_file()
+    last = folder / "checkpoints" / checkpoint_name(config.steps)
+    try:
+        verify_checkpoint(last)
+    except DataError:
+        return False
+    return True
+
+
+def has_diverged(folder: Path) -> bool:
+    """Return whether a run was a trial that ended in a loss that is not a number."""
+    return (folder / DIVERGED).is_file()
 
 
 def ensure_prepared(config: RunConfig) -> None:
@@ -314,9 +358,13 @@ def _lock(folder: Path, world: World) -> Any:
 
 
 def _write_config(folder: Path, config: RunConfig) -> None:
-    aside = folder / f".partial-{CONFIG_FILE}"
-    aside.write_text(dump_config(config), encoding="utf-8")
-    aside.replace(folder / CONFIG_FILE)
+    _write_aside(folder / CONFIG_FILE, dump_config(config))
+
+
+def _write_aside(file: Path, text: str) -> None:
+    aside = file.with_name(f".partial-{file.name}")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(file)
 
 
 def read_run(folder: Path) -> RunConfig:

@@ -181,6 +181,49 @@ def test_export_generate_evaluate_compare(folder: Path) -> None:
     assert report["verdict"]["headline"] in " ".join(out.split())
 
 
+def test_a_refused_resume_changes_nothing_and_exports_are_what_was_trained(folder: Path) -> None:
+    before = (folder / "runs/whole/config.yaml").read_text()
+    out = shoal(folder, "train", "run.yaml", "model.rope_theta=500000", code=2)
+    assert "started with another model" in out
+    assert (folder / "runs/whole/config.yaml").read_text() == before
+    (folder / "runs/whole/config.yaml").write_text(before.replace("10000.0", "500000.0"))
+    shoal(folder, "export", "runs/whole", "export/theta")
+    (folder / "runs/whole/config.yaml").write_text(before)
+    assert json.loads((folder / "export/theta/config.json").read_text())["rope_theta"] == 10000.0
+
+
+def test_an_export_wants_the_shards_of_its_run(folder: Path) -> None:
+    shutil.copytree(folder / "runs/whole", folder / "runs/moved")
+    other = {**CORPUS, "output": "data/other", "tokenizer": {"vocab_size": 400}}
+    (folder / "other.yaml").write_text(yaml.safe_dump(other))
+    shoal(folder, "prepare", "other.yaml")
+    config = (folder / "runs/moved/config.yaml").read_text()
+    (folder / "runs/moved/config.yaml").write_text(config.replace("data/small", "data/other"))
+    out = shoal(folder, "export", "runs/moved", "export/moved", code=3)
+    assert "was trained on other rows" in out
+    assert not (folder / "export/moved").exists()
+
+
+def test_a_damaged_checkpoint_is_not_passed_over_in_silence(folder: Path) -> None:
+    shutil.copytree(folder / "runs/whole", folder / "runs/damaged")
+    file = next((folder / f"runs/damaged/checkpoints/step-{STEPS:08d}").glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+    out = shoal(folder, "export", "runs/damaged", "export/damaged")
+    assert "passed over" in out
+    assert file.name in out
+
+
+def test_a_rate_that_is_too_high_ends_a_run_but_not_a_search(folder: Path) -> None:
+    words = ("train", "run.yaml", "optim.lr=1e30", "optim.warmup_share=0")
+    out = shoal(folder, *words, "name=burnt", code=1)
+    assert "rows of rank" in out
+    assert not list((folder / "runs/burnt/checkpoints").glob("step-*"))
+    shoal(folder, *words, "name=trial", "ledger.kind=tune")
+    assert "loss" in (folder / "runs/trial/diverged.txt").read_text()
+
+
 def test_what_is_there_can_be_looked_at(folder: Path) -> None:
     assert "whole" in shoal(folder, "runs")
     assert "24" in shoal(folder, "inspect", "runs/whole")

@@ -91,12 +91,16 @@ def flops_per_token(config: ModelConfig, context: int) -> ForwardFlops:
     )
 
 
-def training_flops_per_token(config: ModelConfig, context: int) -> int:
+def training_flops_per_token(
+    config: ModelConfig, context: int, teacher: ModelConfig | None = None
+) -> int:
     """Return the FLOPs of one trained token: three forward passes (backward counts as two).
 
-    Recomputation under activation checkpointing is not counted.
+    A live teacher adds its forward pass. Recomputation under activation checkpointing is not
+    counted.
     """
-    return 3 * flops_per_token(config, context).total
+    own = 3 * flops_per_token(config, context).total
+    return own + (flops_per_token(teacher, context).total if teacher else 0)
 
 
 def resident_bytes(config: ModelConfig, precision: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from shoal.configs.errors import ConfigError, DataError, ShoalError, StoppedOnRequest
+from shoal.configs.load import build_config
 from shoal.configs.schema import RunConfig
 from shoal.data_pipeline.batch import Batch
 from shoal.trainer import checkpoint
@@ -140,13 +141,7 @@ class _Training:
             return 0
         folder, manifest = choice[0]
         check_same_run(manifest.run, self.config, where=folder)
-        stored = {key: manifest.position.get(key) for key in self.position}
-        if stored != self.position:
-            raise DataError(
-                f"was trained on other rows: {stored}, now {self.position}",
-                where=folder,
-                fix="point data.train at the shards the run was started with",
-            )
+        check_same_rows(manifest.position, self.position, where=folder)
         checkpoint.load_checkpoint(self.engine, folder, manifest)
         return int(manifest.step)
 
@@ -194,7 +189,6 @@ class _Training:
     def _stop(self) -> None:
         if self.step > self.saved_step:
             self._save()
-        self._book()
         raise StoppedOnRequest(
             f"stopped on request after step {self.step} of {self.config.steps}; it is saved",
             where=self.checkpoints,
@@ -232,7 +226,7 @@ class _Training:
         )
         self.saved_step = self.step
         if self.facts.rank == 0:
-            checkpoint.remove_old(self.checkpoints, self.config.checkpoint.keep)
+            checkpoint.remove_old(self.checkpoints, self.config.checkpoint.keep, self.step)
         self._book()
 
     def _book(self) -> None:
@@ -290,8 +284,12 @@ def check_same_run(stored: dict[str, Any], config: RunConfig, where: Path) -> No
     Raises:
         ConfigError: naming the keys that differ.
     """
+    # Read as a config of today: keys that are new since then have their defaults in both.
+    stored = build_config(RunConfig, stored, where=where).model_dump(mode="json")
     ours = config.model_dump(mode="json")
     differing = []
+    if stored["data"]["document_mask"] != ours["data"]["document_mask"]:
+        differing.append("data.document_mask")
     for key in ours.keys() | stored.keys():
         if key in FREE_ON_RESUME:
             continue
@@ -306,4 +304,24 @@ def check_same_run(stored: dict[str, Any], config: RunConfig, where: Path) -> No
             f"this run was started with another {', '.join(sorted(differing))}",
             where=where,
             fix="give the changed run another name=, or restore the old values",
+        )
+
+
+def check_same_rows(stored: Mapping[str, Any], position: Mapping[str, Any], where: Path) -> None:
+    """Refuse a checkpoint of other shards than those at hand.
+
+    Args:
+        stored: `position` of the checkpoint.
+        position: Hashes and weights of the shards, as now opened.
+        where: The checkpoint.
+
+    Raises:
+        DataError: they are not the same.
+    """
+    known = {key: stored.get(key) for key in position}
+    if known != position:
+        raise DataError(
+            f"was trained on other rows: {known}, now {dict(position)}",
+            where=where,
+            fix="point data.train at the shards the run was started with",
         )

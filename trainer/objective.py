@@ -1,7 +1,9 @@
 """What is minimised: next-token loss, optionally a teacher's distribution, and router losses.
 
-Everything is a sum over tokens; the engine divides by the one global token count, so a run means
-the same on any number of ranks and with ragged batches.
+Everything is a sum over tokens; the engine divides by the one global token count, so a dense run
+means the same on any number of ranks and with ragged batches. The router's losses are not linear in
+the tokens: they are taken over each micro-batch, as usual, and so depend a little on how a batch is
+cut.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ class LossSums:
     def from_vector(cls, vector: Tensor) -> LossSums:
         """Read the vector that `Objective.forward` returns, after summing over ranks."""
         values = vector.tolist()
-        return cls(*values[:NUM_SUMS], expert_load=tuple(values[NUM_SUMS:]))
+        cross_entropy, distillation, balance, router_z = values[:NUM_SUMS]
+        return cls(cross_entropy, distillation, balance, router_z, tuple(values[NUM_SUMS:]))
 
 
 class Teacher:
@@ -74,6 +77,11 @@ class Objective(nn.Module):
         self.loss_chunk_tokens = loss_chunk_tokens
         self._teacher = [teacher] if teacher else []
 
+    @property
+    def teacher(self) -> Teacher | None:
+        """The frozen teacher, if there is one."""
+        return self._teacher[0] if self._teacher else None
+
     def forward(self, inputs: Tensor, targets: Tensor, segments: Tensor) -> tuple[Tensor, Tensor]:
         """Return the objective (0-d, with gradient) and the detached sums behind it.
 
@@ -82,7 +90,7 @@ class Objective(nn.Module):
         ZeRO-3's hooks rebuild anything richer.
         """
         hidden = self.model(inputs, segments)
-        teacher = self._teacher[0] if self._teacher and self.training else None
+        teacher = self.teacher if self.training else None
         sums = chunked_loss(
             hidden.states.flatten(0, 1),
             self.model.head_weight,

@@ -43,9 +43,9 @@ STUDY: dict[str, Any] = {
     "support": {"teacher": {"run": {"model": {"width": 48, "hidden": 96}}}},
     "arms": {
         "dense": {"match": {"budget": "work", "hidden_multiple": 4}},
-        "moe": {"kind": "moe", "run": {"model": MOE},
+        "moe": {"run": {"model": MOE},
                 "match": {"budget": "memory", "hidden_multiple": 1}},
-        "distilled": {"kind": "distilled", "teacher": "teacher",
+        "distilled": {"teacher": "teacher",
                       "match": {"budget": "work", "hidden_multiple": 4}},
     },
     "seeds": [0, 1],
@@ -118,6 +118,46 @@ def test_a_budget_nobody_can_meet_names_arm_budget_and_nearest() -> None:
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("run", "key"),
+    [
+        ({"train": {"tokens": 99_000}}, "train.tokens"),
+        ({"train": {"batch_rows": 8}}, "train.batch_rows"),
+        ({"optim": {"schedule": "constant"}}, "optim.schedule"),
+        ({"data": {"document_mask": False}}, "data.document_mask"),
+        ({"seed": 5}, "seed"),
+    ],
+)
+def test_an_arm_trained_otherwise_is_refused(run: dict[str, Any], key: str) -> None:
+    arms = STUDY["arms"] | {"dense": {"run": run}}
+    with pytest.raises(ConfigError, match=f"trained otherwise than the rest: {key}"):
+        settle_arms(load(arms=arms), CORPUS)
+    support = {"teacher": {"run": run}}
+    settle_arms(load(support=support), CORPUS)  # a teacher is no contestant
+
+
+def test_an_arm_may_cut_its_passes_as_it_likes() -> None:
+    own = {"train": {"micro_batch_rows": 1, "zero_stage": 2}, "kernels": {"experts": "loop"}}
+    settle_arms(load(arms=STUDY["arms"] | {"dense": {"run": own}}), CORPUS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": [0, 0]}, "given twice"),
+        ({"arms": STUDY["arms"] | {"teacher": {}}}, "an arm and a support run of one name"),
+        ({"arms": STUDY["arms"] | {"../x y": {}}}, "names are letters"),
+        ({"support": {"teacher": {"teacher": "teacher"}}}, "teacher of a teacher"),
+        ({"tuning": {"lrs": [-1], "tokens": 9}}, "greater than 0"),
+        ({"arms": {"a": {"teacher": "nobody"}}}, "no support run named 'nobody'"),
+        ({"arms": {"a": {"match": {"budget": "x"}}}}, "no budget named 'x'"),
+    ],
+)
+def test_contradictions_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(**changes)
+
+
 def test_an_unknown_key_of_an_arm_is_refused() -> None:
     arms = STUDY["arms"] | {"odd": {"run": {"optim": {"leaning_rate": 1}}}}
     with pytest.raises(ConfigError, match="unknown key"):
@@ -150,12 +190,16 @@ def test_support_runs_are_generic_cost_and_trials_are_tuning() -> None:
 
 def test_equal_flops_gives_cheap_arms_more_tokens() -> None:
     planner = plan(load(equal_on="flops"))
+    teacher = planner.arms["teacher"].model
     spent = {
         name: planner.run(planner.arms[name], 1e-3, 0).train.tokens
-        * training_flops_per_token(planner.arms[name].model, 64)
-        for name in ("dense", "moe")
+        * training_flops_per_token(
+            planner.arms[name].model, 64, teacher if name == "distilled" else None
+        )
+        for name in ("dense", "moe", "distilled")
     }
     assert spent["moe"] == pytest.approx(spent["dense"], rel=1e-3)
+    assert spent["distilled"] == pytest.approx(spent["dense"], rel=1e-3), "its teacher counts"
 
 
 def test_best_rate_prefers_the_smaller_of_two_equals() -> None:
