@@ -12,13 +12,16 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+ShareBelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
-    """Base of every section: frozen, no unknown keys, defaults checked like given values."""
+    """Base of every section: frozen, no unknown keys, finite numbers, defaults checked too."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+    )
 
 
 class MoEConfig(Section):
@@ -57,7 +60,7 @@ class ModelConfig(Section):
     )
     qk_norm: bool = Field(False, description="RMSNorm on queries and keys (exports as Qwen3)")
     tie_embeddings: bool = True
-    dropout: Share = 0.0
+    dropout: ShareBelowOne = 0.0
     rope_theta: float = Field(10_000.0, gt=0)
     norm_eps: float = Field(1e-5, gt=0)
     init_std: float = Field(0.02, gt=0)
@@ -170,7 +173,7 @@ class OptimConfig(Section):
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     warmup_share: Share = Field(0.02, description="share of the steps spent warming up")
     decay_share: Share = Field(0.2, description="share of the steps in the final decay (wsd)")
-    betas: tuple[Share, Share] = (0.9, 0.95)
+    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     clip_norm: float = Field(1.0, ge=0, description="0: no clipping")

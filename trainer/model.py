@@ -164,7 +164,7 @@ class Block(nn.Module):
         return states + F.dropout(mixed, self.dropout, self.training), router
 
 
-def make_norm(config: ModelConfig) -> nn.Module:
+def make_norm(config: ModelConfig) -> nn.LayerNorm | nn.RMSNorm:
     """Return the family's norm over the width."""
     if config.family == "gpt2":
         return nn.LayerNorm(config.width, config.norm_eps)
@@ -245,7 +245,7 @@ class Transformer(nn.Module):
         if self.positions is not None:
             states = states + self.positions(torch.arange(context, device=inputs.device))
         states = F.dropout(states, self.config.dropout, self.training)
-        rotary = self._rotary(context)
+        rotary = self._rotary(context, states.dtype)
         mask = prepare_mask(segments, self.kernels.attention)
         router: tuple[RouterStats, ...] = ()
         for block in self.blocks:
@@ -262,7 +262,7 @@ class Transformer(nn.Module):
         """Fill all weights from `seed` alone, the same on every device and for every kernel.
 
         GPT-2's scheme (Radford et al. 2019): normal with `init_std`, projections into the residual
-        stream scaled by 1 / sqrt(2 x num_layers), gains one, biases zero.
+        stream scaled by 1 / sqrt(2 x num_layers), gains one (the last `output_gain`), biases zero.
         """
         generator = torch.Generator().manual_seed(seed)
         residual_std = self.config.init_std / math.sqrt(2 * self.config.num_layers)
@@ -275,15 +275,19 @@ class Transformer(nn.Module):
                 std = residual_std if name.endswith(RESIDUAL_PROJECTIONS) else self.config.init_std
                 drawn = torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
                 parameter.copy_(drawn)
+        # Adam moves every weight by about the rate; logits of a narrow model, sums over few
+        # channels, would stay small for long. A gain multiplies them and their first gradients.
+        self.get_parameter("final_norm.weight").fill_(self.config.output_gain)
         if self.config.family == "llama":  # a model built on the meta device has no tables yet
             rotary = rotary_tables(self.config, self.embedding.weight.device)
             self.cosine.copy_(rotary.cosine)
             self.sine.copy_(rotary.sine)
 
-    def _rotary(self, context: int) -> Rotary | None:
+    def _rotary(self, context: int, dtype: torch.dtype) -> Rotary | None:
         if self.config.family == "gpt2":
             return None
-        return Rotary(self.cosine[:context], self.sine[:context])
+        # DeepSpeed casts parameters to bf16 but no buffers; fp32 tables would turn heads to fp32.
+        return Rotary(self.cosine[:context].to(dtype), self.sine[:context].to(dtype))
 
     def _run(
         self, block: nn.Module, states: Tensor, mask: AttentionMask, rotary: Rotary | None
