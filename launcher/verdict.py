@@ -116,16 +116,17 @@ def show_verdict(report: Mapping[str, Any], folder: Path, console: Console) -> N
     """Print the verdict table, what the differences are worth, and where everything is."""
     verdict = report["verdict"]
     console.print(verdict_table(report))
-    console.print(f"[bold]{verdict['headline']}[/bold]")
+    console.print(f"[bold]{verdict['headline']}[/bold]", soft_wrap=True)
     for sentence in verdict["sentences"]:
-        console.print(f"- {sentence}")
-    console.print(f"report: {folder / 'report.html'}")
+        console.print(f"- {sentence}", soft_wrap=True)
+    console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
     if verdict["export"]:
         console.print(f"deploy: {verdict['deploy']}, {verdict['export']}", soft_wrap=True)
 
 
 def verdict_table(report: Mapping[str, Any]) -> Table:
     """Return one line an arm, best first, then the reference rows."""
+    from rich.box import SIMPLE
     from rich.table import Table
 
     from shoal.eval.report import format_score, format_si
@@ -134,24 +135,23 @@ def verdict_table(report: Mapping[str, Any]) -> Table:
     metric, sign = report["verdict"]["metric"], 1
     if report["arms"][0]["tasks"][task]["higher_is_better"]:
         sign = -1
-    table = Table(title=f"{report['study']['name']}: {task}", title_justify="left")
-    columns = (metric.replace("_", " "), "95% interval", "seeds", "parameters", "active",
-               "FLOPs/token", "resident", "decode ms", "off budget")  # fmt: skip
-    table.add_column("arm")
-    for column in columns:
-        table.add_column(column, justify="right")
+    # Narrow enough for 80 columns; everything else is in the report.
+    table = Table(title=f"{report['study']['name']}: {task}", title_justify="left", box=SIMPLE)
+    table.add_column("arm", no_wrap=True)
+    words = (metric.replace("_", " "), "95% interval", "FLOPs/token", "resident", "decode",
+             "off budget")  # fmt: skip
+    for word in words:
+        table.add_column(word, justify="right", no_wrap=True)
     for arm in sorted(report["arms"], key=lambda arm: sign * arm["tasks"][task]["value"]):
         scores, cost = arm["tasks"][task], arm["inference"]
+        low, high = (format_score(end, metric) for end in scores["ci95"])
         table.add_row(
             arm["name"],
             format_score(scores["value"], metric),
-            " to ".join(format_score(end, metric) for end in scores["ci95"]),
-            " ".join(format_score(one["value"], metric) for one in scores["per_seed"]),
-            format_si(arm["parameters"]["total"]),
-            format_si(arm["parameters"]["active"]),
+            f"{low}-{high}",
             format_si(cost["flops_per_token"]),
             format_si(cost["bytes_resident"], "B"),
-            f"{cost['latency_ms']['decode']['median']:.1f}",
+            f"{cost['latency_ms']['decode']['median']:.1f} ms",
             f"{arm['matched']['deviation']:+.1%}",
         )
     for row in report["references"]:
