@@ -52,11 +52,11 @@ class Loader:
         self.streams = [rows for rows, _ in streams]
         self.seed = seed
         self.batch_rows = batch_rows
-        self.micro_batch_rows = micro_batch_rows
         self.rank = rank
         self.num_ranks = num_ranks
         self.document_mask = document_mask
-        self.rank_rows = -(-batch_rows // num_ranks)
+        self.micro_batches = deal_rows(batch_rows, micro_batch_rows, num_ranks)
+        self.rank_rows = sum(self.micro_batches)
         self.mixture = Mixture([weight for _, weight in streams])
         sizes = np.asarray([len(rows) for rows in self.streams], dtype=np.int64)
         self._sizes = sizes
@@ -65,7 +65,7 @@ class Loader:
     @property
     def accumulation(self) -> int:
         """Micro-batches of a step, the same on every rank."""
-        return -(-self.rank_rows // self.micro_batch_rows)
+        return len(self.micro_batches)
 
     def row_ids(self, step: int) -> np.ndarray:
         """Return the global batch of a step, steps counted from 0.  # (batch_rows,) int64
@@ -94,8 +94,8 @@ class Loader:
         mine = np.full(self.rank_rows, PADDING_ROW, dtype=np.int64)
         part = self.row_ids(step)[self.rank * self.rank_rows : (self.rank + 1) * self.rank_rows]
         mine[: len(part)] = part
-        cuts = range(self.micro_batch_rows, self.rank_rows, self.micro_batch_rows)
-        return [self._read(numbers) for numbers in np.split(mine, list(cuts))]
+        cuts = np.cumsum(self.micro_batches)[:-1]
+        return [self._read(numbers) for numbers in np.split(mine, cuts)]
 
     def _read(self, numbers: np.ndarray) -> Batch:
         tokens, segments = empty_rows(self.streams[0], len(numbers))
@@ -106,6 +106,15 @@ class Loader:
             tokens[here], segments[here] = rows.gather(numbers[here] - self._offsets[stream])
         eot = self.streams[0].manifest.eot_id
         return make_batch(tokens, segments, numbers, eot, self.document_mask)
+
+
+def deal_rows(batch_rows: int, micro_batch_rows: int, num_ranks: int) -> tuple[int, ...]:
+    """Return the rows of each forward pass of one step, alike on every rank.
+
+    Every rank takes equally many rows, what is missing is padding; its last pass may be smaller.
+    """
+    full, rest = divmod(-(-batch_rows // num_ranks), micro_batch_rows)
+    return (micro_batch_rows,) * full + (rest,) * (rest > 0)
 
 
 def empty_rows(rows: Rows, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Budgets as they are written on a command line: resident_bytes=250MB,precision=int8."""
+"""Budgets as they are written on a command line: resident_bytes=250MB,precision=bf16."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ shards_app = typer.Typer(help="Look at shards and check them.", no_args_is_help=
 app.add_typer(shards_app, name="shards", rich_help_panel="Look")
 
 PRECISIONS = ("fp32", "bf16", "int8", "int4")
+SCORED_PRECISIONS = ("fp32", "bf16")
 Config = Annotated[
     str, typer.Argument(metavar="CONFIG", help="YAML file, or the name of a shipped config.")
 ]
@@ -122,7 +123,7 @@ def compare(
         typer.Option(
             metavar="AXIS=TARGET",
             help="resident_bytes=250MB, active_flops_per_token=2e8, kv_bytes_per_token=24kB, ...; "
-            "conditions after commas: resident_bytes=250MB,precision=int8,context=2048",
+            "conditions after commas: resident_bytes=250MB,precision=fp32,context=2048",
         ),
     ],
     tasks: Annotated[
@@ -148,13 +149,13 @@ def evaluate(
     tasks: Annotated[
         Path, typer.Option(metavar="YAML", help="What to score, as in a study's `tasks`.")
     ],
-    precision: Annotated[str, typer.Option(help="fp32, bf16, int8 or int4 weights.")] = "bf16",
+    precision: Annotated[str, typer.Option(help="fp32 or bf16 weights.")] = "bf16",
 ) -> None:
     """Score one model on tasks: an export of ours, or any Hugging Face folder.
 
     [dim]shoal evaluate export/default --tasks tasks.yaml[/dim]
     """
-    _check_choice("--precision", precision, PRECISIONS)
+    _check_choice("--precision", precision, SCORED_PRECISIONS)
     from shoal.configs.load import load_config
     from shoal.configs.study import TasksConfig
     from shoal.launcher.tables import progress_bars, scores_table, show

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from shoal.configs.errors import ConfigError
 
-# A name reaches ssh's command line sooner or later: letters, digits, dots and hyphens, and never
-# a leading hyphen, which ssh would read as an option (-oProxyCommand=...).
-HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]{0,252}[A-Za-z0-9])?")
+# A name reaches ssh's command line sooner or later: letters, digits, dots, hyphens and underscores,
+# a letter or digit first. A leading hyphen ssh would read as an option (-oProxyCommand=...).
+HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,252}[A-Za-z0-9])?")
 LINE = re.compile(r"(?P<name>\S+)\s+slots\s*=\s*(?P<slots>\d+)")
 MOST_SLOTS = 1024
 EXAMPLE = "write one line a machine, for example: localhost slots=2"
@@ -68,8 +68,8 @@ def _parse_line(text: str, where: str) -> Host:
     name = text.split()[0]
     if not HOST_NAME.fullmatch(name):
         raise ConfigError(
-            f"{name!r} is no host name (letters, digits, dots, hyphens; it starts with a letter or "
-            "digit)",
+            f"{name!r} is no host name (letters, digits, dots, hyphens, underscores; it starts and "
+            "ends with a letter or digit)",
             where=where,
             fix="users, ports and other ssh options belong into ~/.ssh/config, the plain name here",
         )

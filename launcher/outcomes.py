@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from shoal.configs import errors
-from shoal.configs.errors import ShoalError, StoppedOnRequest
+from shoal.configs.errors import ConfigError, ShoalError, StoppedOnRequest
 
 FOLDER_VARIABLE = "SHOAL_OUTCOMES"
 PARENT_VARIABLE = "SHOAL_LAUNCHER"
@@ -77,7 +77,18 @@ def die_with_parent() -> None:
 
 
 def report_outcome(work: Callable[[], None]) -> int:
-    """Do a rank's `work`, leave word of how it ended, and return the exit code."""
+    """Do a rank's `work`, leave word of how it ended, and return the exit code.
+
+    Raises:
+        ConfigError: this process was not started by the launcher.
+    """
+    if FOLDER_VARIABLE not in os.environ or "RANK" not in os.environ:
+        raise ConfigError(
+            "ranks are started by the launcher only",
+            where="--worker",
+            fix="run the same without --worker: python launcher/run.py [--hostfile FILE] "
+            "[CONFIG] [key=value ...]",
+        )
     folder, rank = Path(os.environ[FOLDER_VARIABLE]), int(os.environ["RANK"])
     _write(folder / f"rank-{rank}.pid", str(os.getpid()))
     try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import socket
+import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,21 +20,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How one optimiser step is dealt out; every rank takes equally many forward passes."""
+    """How one optimiser step is dealt out, alike to every rank."""
 
     rows: int
     ranks: int
-    micro_rows: int
-    micro_batches: int
+    micro_batches: tuple[int, ...]
+    """Rows of each forward pass of one rank."""
     padded_rows: int
+
+    def describe(self) -> str:
+        """Return the share of one rank and the padding of all, in words."""
+        passes = Counter(self.micro_batches)
+        share = " + ".join(f"{count} x {rows}" for rows, count in passes.items())
+        noun = "row" if self.padded_rows == 1 else "rows"
+        return f"each rank {share} rows; {self.padded_rows} padded {noun}"
 
 
 def plan_batch(config: RunConfig, num_ranks: int) -> BatchPlan:
-    """Deal `batch_rows` to the ranks in whole micro-batches; what is left over is padding."""
-    rows, micro_rows = config.train.batch_rows, config.train.micro_batch_rows
-    micro_batches = -(-rows // (num_ranks * micro_rows))
-    padded = num_ranks * micro_rows * micro_batches - rows
-    return BatchPlan(rows, num_ranks, micro_rows, micro_batches, padded)
+    """Deal `batch_rows` to the ranks as the loader will."""
+    from shoal.data_pipeline.loader import deal_rows
+
+    rows = config.train.batch_rows
+    micro_batches = deal_rows(rows, config.train.micro_batch_rows, num_ranks)
+    return BatchPlan(rows, num_ranks, micro_batches, num_ranks * sum(micro_batches) - rows)
 
 
 def print_plan(config: RunConfig, num_ranks: int, argv: Sequence[str]) -> None:
@@ -49,25 +59,40 @@ def print_plan(config: RunConfig, num_ranks: int, argv: Sequence[str]) -> None:
     batch, train, model = plan_batch(config, num_ranks), config.train, config.model
     noun = "rank" if num_ranks == 1 else "ranks"
     ranks = [f"{r}={device}{f':{r}' if device == 'cuda' else ''}" for r in range(num_ranks)]
-    start = ["torchrun", "--standalone", f"--nproc-per-node={num_ranks}", "--no-python"]
+    torchrun = ["torchrun", "--standalone", f"--nproc-per-node={num_ranks}", "--no-python"]
     lines = {
         "run": f"{config.name} -> {Path(config.output) / config.name}",
         "ranks": f"{num_ranks} {noun} on {socket.gethostname()}: {' '.join(ranks)}",
         "threads": f"{threads} CPU threads a rank",
         "model": f"{model.family}, {model.num_layers} layers, width {model.width}, "
         f"context {model.context}" + (f", {model.moe.num_experts} experts" if model.moe else ""),
-        "batch": f"{batch.rows} rows = {config.step_tokens:,} tokens a step; each rank "
-        f"{batch.micro_batches} x {batch.micro_rows} rows; {batch.padded_rows} padded rows",
+        "batch": f"{batch.rows} rows = {config.step_tokens:,} tokens a step; {batch.describe()}",
         "steps": f"{config.steps:,}",
         "tokens": f"{config.steps * config.step_tokens:,} ({train.tokens:,} asked for)",
         "precision": f"{train.precision}, ZeRO stage {train.zero_stage}",
         "data": ", ".join(stream.path for stream in config.data.train),
         "prepare": config.prepare or "nothing: the shards must exist",
-        "command": shlex.join([*start, *WORKER, *argv]),
+        "command": shlex.join(command_of(config, num_ranks, argv)),
+        "starts": shlex.join([*torchrun, *WORKER, *argv]),
     }
     print("dry run: nothing is started")
     for label, text in lines.items():
         print(f"  {label:<10}{text}")
+
+
+def command_of(config: RunConfig, num_ranks: int, argv: Sequence[str]) -> list[str]:
+    """Return what a user can run from here for this plan, with or without its hostfile.
+
+    `world.ranks` says what a hostfile of this machine says, and changes nothing else of a run.
+    """
+    from shoal.launcher.world import resolve_ranks
+
+    script = Path(__file__).with_name("run.py")
+    here = Path("launcher/run.py")
+    if here.is_file() and here.samefile(script):
+        script = here
+    asked = resolve_ranks(config.world.ranks) == num_ranks
+    return [sys.executable, str(script), *argv, *([] if asked else [f"world.ranks={num_ranks}"])]
 
 
 def find_vocab_size(config: RunConfig) -> int:

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoal.configs.errors import DataError, ShoalError
+from shoal.configs.errors import ConfigError, DataError, ShoalError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -196,7 +196,7 @@ def _describe_report(folder: Path) -> Table:
     return facts_table(
         f"report {folder}",
         {
-            "study": tree.get("study", ""),
+            "study": tree["study"]["name"],
             "arms": ", ".join(arm["name"] for arm in tree["arms"]),
             "read it": folder / "report.html",
         },
@@ -207,9 +207,17 @@ def read_report(folder: Path) -> dict[str, Any]:
     """Return the report.json of a report's folder.
 
     Raises:
-        DataError: there is none, or it is broken.
+        DataError: there is none, or it is broken, or not one of ours.
     """
-    return _read_json(folder / "report.json")
+    from shoal.eval.compare import check_report
+
+    file = folder / "report.json"
+    tree = _read_json(file)
+    try:
+        check_report(tree)
+    except ConfigError as error:
+        raise DataError(f"{error.cause} (at {error.where})", where=file) from None
+    return tree
 
 
 def shards_table(folder: Path) -> Table:

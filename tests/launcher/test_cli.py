@@ -32,6 +32,16 @@ def test_help_teaches_with_an_example(command: str, capsys: pytest.CaptureFixtur
     assert f"shoal {command}" in out.split("Usage:", 1)[1].split("\n", 1)[1]
 
 
+@pytest.mark.parametrize("command", ["compare", "evaluate"])
+def test_help_offers_only_precisions_that_can_be_scored(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out, _ = shoal(command, "--help", capsys=capsys)
+    assert "fp32" in out
+    assert "int8" not in out
+    assert "int4" not in out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -42,6 +52,7 @@ def test_help_teaches_with_an_example(command: str, capsys: pytest.CaptureFixtur
         (["train", "a.yaml", "b.yaml"], "one config at a time"),
         (["export", "runs/x", "out", "--dtype", "fp8"], "none of fp32, bf16"),
         (["plan", "default.yaml", "--precision", "fp4"], "none of fp32, bf16, int8, int4"),
+        (["evaluate", "x", "--tasks", "y", "--precision", "int8"], "none of fp32, bf16\n"),
         (["generate", "x", "--seed", "minus"], "--seed"),
         (["train", "--hostfile", "/nonexistent/hosts"], "no such hostfile"),
     ],
@@ -77,6 +88,18 @@ def test_inspect_describes_a_foreign_model(
     assert "1,234" in out
 
 
+@pytest.mark.parametrize("command", ["inspect", "report"])
+@pytest.mark.parametrize("text", ["{}", '{"arms": 3}', "[]", "{"])
+def test_a_foreign_report_is_refused(
+    command: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "report.json").write_text(text)
+    code, _, err = shoal(command, str(tmp_path), capsys=capsys)
+    assert code == 3
+    assert err.startswith(f"error: {tmp_path / 'report.json'}: ")
+    assert "Traceback" not in err
+
+
 def test_runs_of_an_empty_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = shoal("runs", str(tmp_path), capsys=capsys)
     assert code == 0
@@ -99,7 +122,7 @@ def test_plan_shows_what_the_model_costs(capsys: pytest.CaptureFixture[str]) -> 
     code, out, _ = shoal("plan", *words, capsys=capsys)
     assert code == 0
     assert "LlamaForCausalLM" in out
-    assert "123,550,464" in out  # 38.6 M embedding, 85 M in 12 layers
+    assert "123,587,328" in out  # 38.6 M embedding, 85 M in 12 layers
     assert "at context 512" in out
 
 

@@ -49,6 +49,7 @@ def test_reads_names_and_slots(tmp_path: Path) -> None:
         ("node:22 slots=1\n", 1, "is no host name"),
         ("../node slots=1\n", 1, "is no host name"),
         ("node- slots=1\n", 1, "is no host name"),
+        ("_node slots=1\n", 1, "starts and ends with a letter or digit"),
         (f"{'n' * 300} slots=1\n", 1, "is no host name"),
         ("kn\u00f6ten slots=1\n", 1, "is no host name"),
     ],

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from shoal.configs.errors import ConfigError
 from shoal.configs.load import load_config
 from shoal.configs.schema import RunConfig
+from shoal.data_pipeline.batch import PADDING_ROW
+from shoal.data_pipeline.loader import Loader
 from shoal.launcher.plan import plan_batch
+from shoal.launcher.processes import WORKER
 from shoal.launcher.run import parse_order
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,17 +145,50 @@ def test_two_configs_are_refused() -> None:
     assert parse_order(["--worker", "a.yaml", "b.yaml"]).configs == ("a.yaml", "b.yaml")
 
 
+class ConstantRows:
+    """As much of `data_pipeline.rows.Rows` as a loader reads: 100 rows of ones."""
+
+    manifest = SimpleNamespace(context=4, eot_id=0, tokenizer_fingerprint="same")
+    folder = "nowhere"
+
+    def __len__(self) -> int:
+        return 100
+
+    def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return np.ones((len(rows), 5), np.int64), np.zeros((len(rows), 4), np.int32)
+
+
 @pytest.mark.parametrize(
     ("rows", "micro", "ranks", "micro_batches", "padded"),
-    [(32, 8, 2, 2, 0), (32, 8, 3, 2, 16), (16, 8, 1, 2, 0), (5, 2, 3, 1, 1), (1, 4, 2, 1, 7)],
+    [
+        (32, 8, 2, (8, 8), 0),
+        (32, 8, 3, (8, 3), 1),
+        (16, 8, 3, (6,), 2),
+        (16, 8, 1, (8, 8), 0),
+        (5, 2, 3, (2,), 1),
+        (1, 4, 2, (1,), 1),
+    ],
 )
-def test_batch_is_dealt_in_whole_micro_batches(
-    rows: int, micro: int, ranks: int, micro_batches: int, padded: int
+def test_the_plan_deals_a_batch_as_the_loader_does(
+    rows: int, micro: int, ranks: int, micro_batches: tuple[int, ...], padded: int
 ) -> None:
     overrides = [f"train.batch_rows={rows}", f"train.micro_batch_rows={micro}"]
     plan = plan_batch(load_config(RunConfig, "default.yaml", overrides), ranks)
     assert (plan.micro_batches, plan.padded_rows) == (micro_batches, padded)
-    assert plan.ranks * plan.micro_batches * plan.micro_rows == plan.rows + plan.padded_rows
+    found_padding = 0
+    for rank in range(ranks):
+        loader = Loader(
+            [(ConstantRows(), 1.0)],  # type: ignore[list-item]
+            seed=0,
+            batch_rows=rows,
+            micro_batch_rows=micro,
+            rank=rank,
+            num_ranks=ranks,
+        )
+        batches = loader.microbatches(0)
+        assert tuple(len(batch.row_ids) for batch in batches) == plan.micro_batches
+        found_padding += sum(int((batch.row_ids == PADDING_ROW).sum()) for batch in batches)
+    assert found_padding == plan.padded_rows
 
 
 # Dry run.
@@ -163,14 +202,48 @@ def test_dry_run_says_everything_and_starts_nothing(stage: dict[str, str], tmp_p
     assert lines["run"] == "dry -> runs/dry"
     assert lines["ranks"].startswith("3 ranks on ")
     assert lines["ranks"].endswith(": 0=cpu 1=cpu 2=cpu")
-    assert lines["batch"] == ("20 rows = 5,120 tokens a step; each rank 1 x 8 rows; 4 padded rows")
+    assert lines["batch"] == "20 rows = 5,120 tokens a step; each rank 1 x 7 rows; 1 padded row"
     assert lines["steps"] == "196"
     assert lines["tokens"] == "1,003,520 (1,000,000 asked for)"
     assert lines["data"] == "data/samples/train"
-    assert "--nproc-per-node=3" in lines["command"]
-    assert lines["command"].endswith("--worker default.yaml train.batch_rows=20 name=dry")
+    assert lines["command"].endswith("default.yaml train.batch_rows=20 name=dry world.ranks=3")
+    assert "--nproc-per-node=3" in lines["starts"]
+    assert lines["starts"].endswith("--worker default.yaml train.batch_rows=20 name=dry")
     assert records(stage) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hosts", "records", "site"]
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+def test_the_command_of_a_dry_run_gives_its_plan(
+    slots: int, stage: dict[str, str], tmp_path: Path
+) -> None:
+    words = ["--dry-run", "--hostfile", hostfile(tmp_path, slots), "output=a b's", "world.ranks=2"]
+    first = run([sys.executable, RUN, *words], stage, tmp_path)
+    assert first.returncode == 0, first.stderr
+    lines = dict(line.split(maxsplit=1) for line in first.stdout.splitlines()[1:])
+    again = run([*shlex.split(lines["command"]), "--dry-run"], stage, tmp_path)
+    assert again.returncode == 0, again.stderr
+    theirs = dict(line.split(maxsplit=1) for line in again.stdout.splitlines()[1:])
+    assert theirs.pop("command") == lines.pop("command")
+    same = lines.keys() - {"starts"}  # the override, where one is needed, is told to the ranks too
+    assert {key: theirs[key] for key in same} == {key: lines[key] for key in same}
+
+
+def test_the_command_of_a_dry_run_is_short_in_a_checkout(stage: dict[str, str]) -> None:
+    done = run([sys.executable, RUN, "--dry-run", "world.ranks=2"], stage, ROOT)
+    command = shlex.join([sys.executable, "launcher/run.py", "default.yaml", "world.ranks=2"])
+    assert command in [line.split(maxsplit=1)[1] for line in done.stdout.splitlines()[1:]]
+
+
+def test_a_rank_that_the_launcher_did_not_start_is_refused(
+    stage: dict[str, str], tmp_path: Path
+) -> None:
+    done = run([*WORKER, "default.yaml"], stage, tmp_path)
+    assert done.returncode == 2
+    assert "ranks are started by the launcher only" in done.stderr
+    assert "fix: run the same without --worker: python launcher/run.py" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert records(stage) == []
 
 
 @pytest.mark.slow

@@ -93,7 +93,7 @@ def test_shapes_meet_their_budgets_on_their_axis() -> None:
 
 def test_the_demo_meets_its_budgets_and_gives_every_arm_the_same() -> None:
     config = load_config(StudyConfig, find_config("studies/demo.yaml"))
-    prepare = load_config(PrepareConfig, find_config(f"studies/{config.prepare}"))
+    prepare = load_config(PrepareConfig, find_config(config.prepare))
     corpus = CorpusFacts(Path("t"), Path("v"), "abc", prepare.tokenizer.vocab_size)
     planner = RunPlanner(config, corpus, settle_arms(config, corpus))
     arms = [planner.arms[name] for name in config.arms]
