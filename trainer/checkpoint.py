@@ -148,9 +148,17 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest.model_validate_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError("not a Shoal checkpoint: no manifest.json", where=folder) from None
-    except (ValidationError, UnicodeDecodeError) as error:
-        first = str(error).splitlines()[0]
-        raise DataError(f"not a Shoal checkpoint manifest: {first}", where=path) from None
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", where=path) from None
+    except UnicodeDecodeError:
+        raise DataError("not a Shoal checkpoint manifest: not UTF-8", where=path) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise DataError(
+            f"not a Shoal checkpoint manifest: {f'{place}: ' if place else ''}{first['msg']}",
+            where=path,
+        ) from None
     if manifest.schema_version != SCHEMA:
         raise DataError(f"schema {manifest.schema_version}, this is schema {SCHEMA}", where=path)
     if manifest.digest != manifest.compute_digest():
@@ -171,7 +179,11 @@ def verify_checkpoint(folder: Path) -> Manifest:
             raise DataError("checkpoint file is missing", where=path)
         if path.stat().st_size != fact.bytes:
             raise DataError(f"{path.stat().st_size} bytes, expected {fact.bytes}", where=path)
-        if digest(path) != fact.sha256:
+        try:
+            found = digest(path)
+        except OSError as error:  # a bad disk
+            raise DataError(f"cannot be read: {error.strerror}", where=path) from None
+        if found != fact.sha256:
             raise DataError("content was altered: SHA-256 does not match", where=path)
     return manifest
 
@@ -201,12 +213,18 @@ def newest_checkpoint(root: Path, warn: Any = None) -> tuple[Path, Manifest] | N
 
 
 def load_checkpoint(engine: Engine, folder: Path, manifest: Manifest) -> None:
-    """Put a verified checkpoint into the engine; collective, any ranks and stage."""
-    names = set(engine.parameter_names)
-    if names != set(manifest.tensors):
-        odd = sorted(names ^ set(manifest.tensors))
+    """Put a verified checkpoint into the engine; collective, any ranks and stage.
+
+    Raises:
+        DataError: of another model; nothing was written.
+    """
+    stored = {name: states["weight"].shape for name, states in manifest.tensors.items()}
+    if stored != engine.parameter_shapes:
+        # By shape too: a slice of a smaller tensor would fit, silently, into a ZeRO-3 partition.
+        odd = sorted(name for name, _ in stored.items() ^ engine.parameter_shapes.items())
         raise DataError(
-            f"holds other parameters than the model: {', '.join(odd[:5])}", where=folder
+            f"holds other parameters than the model: {', '.join(dict.fromkeys(odd[:5]))}",
+            where=folder,
         )
     reader = TensorReader(folder, manifest)
     for name in engine.parameter_names:
@@ -237,9 +255,15 @@ class TensorReader:
         return flat.reshape(stored.shape)
 
 
-def remove_old(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what killed savers left aside."""
-    for folder in sorted(root.glob("step-[0-9]*"))[:-keep]:
+def remove_old(root: Path, keep: int, newest: int) -> None:
+    """Delete all but the newest `keep` checkpoints, and what killed savers left aside.
+
+    `newest` is the step that was just saved. Folders of later steps were passed over as damaged
+    when this run resumed: they must not count among those kept.
+    """
+    found = sorted(root.glob("step-[0-9]*"))
+    whole = [folder for folder in found if folder.name <= checkpoint_name(newest)]
+    for folder in set(found) - set(whole[-keep:]):
         # Renamed first: a kill in the middle must not leave a broken folder under a good name.
         doomed = root / f".partial-old-{folder.name}"
         folder.rename(doomed)

@@ -61,7 +61,7 @@ class Engine:
         self.num_ranks = dist.get_world_size()
         self.stage = resolve_zero_stage(train, self.num_ranks)
         self.clip_norm = optim.clip_norm
-        self._names = [name for name, _ in objective.model.named_parameters()]
+        self._shapes = {n: tuple(p.shape) for n, p in objective.model.named_parameters()}
         self._engine = _initialize(
             objective, optim, _deepspeed_config(objective, optim, train, self.stage, accumulation)
         )
@@ -70,7 +70,12 @@ class Engine:
     @property
     def parameter_names(self) -> list[str]:
         """Names of the model's parameters, in the one order every rank uses."""
-        return self._names
+        return list(self._shapes)
+
+    @property
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Full shapes of the model's parameters, however they are sharded."""
+        return self._shapes
 
     @property
     def objective(self) -> nn.Module:
@@ -139,8 +144,7 @@ class Engine:
                     value = safe_get_full_fp32_param(parameter)
                 else:
                     value = safe_get_full_optimizer_state(parameter, state)
-                shape = getattr(parameter, "ds_shape", parameter.shape)
-                yield name, state, value.reshape(shape)
+                yield name, state, value.reshape(self._shapes[name])
 
     def write_state(self, name: str, state: str, value: Tensor) -> None:
         """Set one full fp32 tensor; call `finish_writing` when all are set."""
@@ -170,6 +174,10 @@ class Engine:
         elif self.stage == 3:
             for group in range(len(self._engine.optimizer.fp16_partitioned_groups_flat)):
                 self._engine.optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            # Small parameters stay gathered between steps: gather them again from what was set.
+            if persistent := self._engine.optimizer.persistent_parameters:
+                persistent[0].partition(persistent)
+                persistent[0].all_gather(persistent)
 
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers."""
@@ -181,7 +189,7 @@ class Engine:
 
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:
         by_name = dict(self._engine.module.model.named_parameters())
-        return [(name, by_name[name]) for name in self._names]
+        return [(name, by_name[name]) for name in self._shapes]
 
     def _masters(self) -> list[Tensor]:
         """The tensors the optimiser updates on this rank."""
@@ -209,7 +217,7 @@ class Engine:
         """Write this rank's slice at stage 3; DeepSpeed's own full setter fails on a ragged end."""
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
-        length = parameter.ds_tensor.numel()
+        length = parameter.ds_tensor.numel()  # type: ignore[attr-defined]  # of DeepSpeed
         flat = torch.zeros(length * self.num_ranks, device=value.device)
         flat[: value.numel()] = value.flatten()
         mine = flat.narrow(0, dist.get_rank() * length, length)

@@ -7,12 +7,13 @@ One JSON line a segment. `scope` says who pays: `generic` work is done once for 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from shoal.configs.errors import DataError
 
@@ -50,8 +51,24 @@ def append_entry(path: Path, entry: LedgerEntry) -> None:
     """Append one line; a single write, so that a kill leaves whole lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(entry.model_dump() | {"device_seconds": entry.device_seconds})
+    _end_last_line(path)
     with path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
+
+
+def _end_last_line(path: Path) -> None:
+    """Cut a line that a kill tore: appended to, it would spoil the next entry and the file."""
+    data = path.read_bytes() if path.exists() else b""
+    whole, tail = data[: data.rfind(b"\n") + 1], data[data.rfind(b"\n") + 1 :]
+    if not tail:
+        return
+    try:
+        json.loads(tail)
+    except ValueError:
+        os.truncate(path, len(whole))
+    else:  # only its newline is missing
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n")
 
 
 def read_ledger(path: Path) -> list[LedgerEntry]:
@@ -67,7 +84,7 @@ def read_ledger(path: Path) -> list[LedgerEntry]:
             tree = json.loads(line)
             tree.pop("device_seconds", None)
             entries.append(LedgerEntry.model_validate(tree))
-        except (json.JSONDecodeError, ValidationError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             if number == len(lines):
                 break
             raise DataError(f"line {number} is not a ledger entry: {error}", where=path) from None

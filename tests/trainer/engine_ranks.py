@@ -1,34 +1,43 @@
-"""A rank of the engine tests: trains small models on synthetic rows, writes what it saw as JSON.
+"""A rank of the trainer's tests: runs cases that it is sent, until there are no more.
 
-Started by torchrun-like environment variables; one start serves many cases, because importing
-DeepSpeed costs more than training does.
-
-usage: engine_ranks.py CASES.json OUT.json
+A case trains small models on synthetic rows and answers with what it saw. One start serves many
+cases of many tests (see rank_groups.py), because importing DeepSpeed costs more than
+training does. The tests import the same functions for what they compare with.
 """
 
-import json
+import hashlib
 import os
-import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from shoal.configs.schema import ModelConfig, MoEConfig, OptimConfig, TrainConfig
-from shoal.data_pipeline.batch import IGNORE, Batch
+from shoal.configs.errors import ShoalError
+from shoal.configs.schema import ModelConfig, MoEConfig, OptimConfig, RunConfig, TrainConfig
+from shoal.data_pipeline.batch import IGNORE, PADDING_ROW, Batch
 from shoal.kernels.backend import Kernels
-from shoal.trainer import checkpoint
+from shoal.trainer import checkpoint, loop
 from shoal.trainer.engine import Engine, start_process_group, stop_process_group
 from shoal.trainer.model import Transformer
 from shoal.trainer.objective import Objective
 from shoal.trainer.optim import group_parameters, learning_rate
 
-ROWS, MICRO, CONTEXT, VOCAB = 4, 1, 16, 64
+ROWS, CONTEXT, VOCAB = 4, 16, 64
 OPTIM = OptimConfig(lr=1e-2, warmup_share=0.2, clip_norm=0.5)
+KERNELS = Kernels(attention="sdpa", experts="grouped_mm", loss_chunk_tokens=8)
+FLOPS_PER_TOKEN = 100.0
 
 
 def shape(kind: str) -> ModelConfig:
-    moe = MoEConfig(num_experts=4, active_experts=2, hidden=24) if kind == "moe" else None
+    """Return a model of which no matrix, gain or bias divides evenly over 3 ranks."""
+    hidden = {"moe": 20, "wide moe": 24}.get(kind)
+    moe = MoEConfig(num_experts=4, active_experts=2, hidden=hidden) if hidden else None
     return ModelConfig(
         family="gpt2" if kind == "gpt2" else "llama",
         vocab_size=VOCAB,
@@ -36,15 +45,15 @@ def shape(kind: str) -> ModelConfig:
         num_layers=2,
         width=32,
         num_heads=4,
-        qk_norm=kind == "moe",
-        # A ragged size: no parameter but the embeddings divides evenly over 3 ranks.
-        hidden=None if kind == "moe" else 40,
-        dropout=0.1 if kind == "dropout" else 0.0,
+        qk_norm=moe is not None,
+        tie_embeddings=moe is None,
+        hidden=None if moe else 40,
+        dropout=0.2 if kind == "dropout" else 0.0,
         moe=moe,
     )
 
 
-def global_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+def global_batch(step: int) -> tuple[Tensor, Tensor]:
     """Learnable rows: every token determines most of the next one; some targets are ignored."""
     generator = torch.Generator().manual_seed(1000 + step)
     rows = torch.randint(0, VOCAB, (ROWS, CONTEXT + 1), generator=generator)
@@ -56,102 +65,248 @@ def global_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return rows[:, :-1], targets
 
 
-def microbatches(step: int, rank: int, ranks: int) -> list[Batch]:
+def microbatches(step: int, rank: int, ranks: int, micro: int = 1) -> list[Batch]:
+    """Return a rank's share; on 3 ranks the last one has nothing but padding."""
     inputs, targets = global_batch(step)
-    share = -(-ROWS // ranks)
+    share = -(-ROWS // (ranks * micro)) * micro
     batches = []
-    for row in range(rank * share, (rank + 1) * share):
-        real = row < ROWS
+    for first in range(rank * share, (rank + 1) * share, micro):
+        places = torch.arange(first, first + micro)
+        real, safe = places < ROWS, places.clamp(max=ROWS - 1)
         batches.append(
             Batch(
-                inputs=inputs[row : row + 1] if real else torch.zeros_like(inputs[:1]),
-                targets=targets[row : row + 1] if real else torch.full_like(targets[:1], IGNORE),
-                segments=torch.zeros(1, CONTEXT, dtype=torch.int32),
-                row_ids=torch.tensor([row if real else -1]),
+                inputs=torch.where(real[:, None], inputs[safe], 0),
+                targets=torch.where(real[:, None], targets[safe], IGNORE),
+                segments=torch.zeros(micro, CONTEXT, dtype=torch.int32),
+                row_ids=torch.where(real, step * ROWS + places, PADDING_ROW),
             )
         )
     return batches
-
-
-def build(kind: str, seed: int = 0) -> Objective:
-    model = Transformer(shape(kind), Kernels(attention="sdpa", experts="loop", loss_chunk_tokens=8))
-    model.initialize(seed)
-    return Objective(model, loss_chunk_tokens=8, moe=shape(kind).moe)
 
 
 def count_tokens(step: int) -> int:
     return int((global_batch(step)[1] != IGNORE).sum())
 
 
-def train_plain(kind: str, steps: int) -> list[float]:
-    """The plain PyTorch loop that the engine must agree with."""
-    objective = build(kind)
-    optimizer = torch.optim.AdamW(
-        group_parameters(objective, OPTIM), lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps
-    )
-    losses = []
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(OPTIM, step, steps)
-        tokens, total = count_tokens(step), 0.0
-        for batch in microbatches(step, 0, 1):
-            loss, sums = objective(batch.inputs, batch.targets, batch.segments)
-            (loss / tokens).backward()
-            total += float(sums[0])
-        torch.nn.utils.clip_grad_norm_(objective.parameters(), OPTIM.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(total / tokens)
-    return losses
+def build(kind: str, seed: int = 0, kernels: Kernels = KERNELS) -> Objective:
+    model = Transformer(shape(kind), kernels)
+    model.initialize(seed)
+    return Objective(model, loss_chunk_tokens=8, moe=shape(kind).moe)
 
 
-def train_engine(case: dict, rank: int, ranks: int) -> dict:
-    """Train one case; with `save` or `load` keep or take the state at its first step."""
+def build_engine(case: dict[str, Any], ranks: int) -> Engine:
+    micro = case.get("micro", 1)
     train = TrainConfig(
         tokens=1,
         batch_rows=ROWS,
-        micro_batch_rows=MICRO,
+        micro_batch_rows=micro,
         precision=case.get("precision", "fp32"),
         zero_stage=case["stage"],
     )
     objective = build(case["kind"], seed=case.get("seed", 0))
-    engine = Engine(
-        objective, OPTIM, train, accumulation=-(-ROWS // ranks), device=torch.device("cpu")
+    objective.model.activation_checkpointing = case.get("activation_checkpointing", False)
+    if case.get("broken_gradient"):  # the loss stays finite, its gradient does not
+        objective.model.final_norm.register_forward_hook(_break_gradient)
+    optim = OPTIM.model_copy(update=case.get("optim", {}))
+    return Engine(
+        objective,
+        optim,
+        train,
+        accumulation=-(-ROWS // (ranks * micro)),
+        device=torch.device(case.get("device", "cpu")),
     )
-    start = 0
-    if "load" in case:
-        folder, manifest = checkpoint.newest_checkpoint(Path(case["load"]))
-        checkpoint.load_checkpoint(engine, folder, manifest)
-        start = manifest.step
+
+
+def _break_gradient(module: Any, inputs: Any, output: Tensor) -> Tensor:
+    if output.requires_grad:
+        output.register_hook(lambda gradient: gradient * float("nan"))
+    return output
+
+
+def train_plain(case: dict[str, Any]) -> dict[str, list[float]]:
+    """The plain PyTorch loop that the engine must agree with; in bf16 with fp32 masters."""
+    device = case.get("device", "cpu")
+    bf16 = case.get("precision") == "bf16"
+    masters = build(case["kind"]).to(device)
+    # On CUDA grouped_mm is for bf16.
+    kernels = KERNELS if bf16 or device == "cpu" else replace(KERNELS, experts="loop")
+    objective = build(case["kind"], kernels=kernels).to(device, torch.bfloat16 if bf16 else None)
+    optim = OPTIM.model_copy(update=case.get("optim", {}))
+    optimizer = torch.optim.AdamW(
+        group_parameters(masters, optim), lr=optim.lr, betas=optim.betas, eps=optim.eps
+    )
     losses, norms = [], []
-    for step in range(start, case["steps"]):
-        lr = learning_rate(OPTIM, step, case.get("schedule_steps", case["steps"]))
-        result = engine.train_step(microbatches(step, rank, ranks), lr, count_tokens(step))
+    for step in range(case["steps"]):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(optim, step, case["steps"])
+        tokens, total = count_tokens(step), 0.0
+        for batch in microbatches(step, 0, 1, case.get("micro", 1)):
+            batch = batch.to(device)
+            loss, sums = objective(batch.inputs, batch.targets, batch.segments)
+            (loss / tokens).backward()
+            total += float(sums[0])
+        for master, worker in zip(masters.parameters(), objective.parameters(), strict=True):
+            master.grad, worker.grad = worker.grad.float(), None
+        limit = optim.clip_norm or float("inf")
+        norms.append(float(torch.nn.utils.clip_grad_norm_(masters.parameters(), limit)))
+        optimizer.step()
+        with torch.no_grad():
+            for master, worker in zip(masters.parameters(), objective.parameters(), strict=True):
+                worker.copy_(master)
+        losses.append(total / tokens)
+    return {"losses": losses, "norms": norms}
+
+
+def take_steps(engine: Engine, case: dict, start: int, stop: int) -> tuple[list, list]:
+    """Train steps [start, stop) of a run of `schedule_steps`; return losses and gradient norms."""
+    losses, norms = [], []
+    optim = OPTIM.model_copy(update=case.get("optim", {}))
+    for step in range(start, stop):
+        lr = learning_rate(optim, step, case.get("schedule_steps", case["steps"]))
+        batches = microbatches(step, dist.get_rank(), engine.num_ranks, case.get("micro", 1))
+        result = engine.train_step([b.to(engine.device) for b in batches], lr, count_tokens(step))
         losses.append(result.sums.cross_entropy / result.tokens)
         norms.append(result.grad_norm)
+    return losses, norms
+
+
+def fingerprints(state: Iterator[tuple[str, str, Tensor]]) -> dict[str, str]:
+    """Hash the bits of every (parameter, state)."""
+    found = {}
+    for name, kind, value in state:
+        # The one freedom: stages 1 and 2 gather by adding, which turns -0.0 into +0.0.
+        data = (value.detach().float().cpu().contiguous() + 0.0).numpy().tobytes()
+        found[f"{kind}/{name}"] = hashlib.sha256(data).hexdigest()[:16]
+    return found
+
+
+def run_train(case: dict[str, Any]) -> dict[str, Any]:
+    """Train one engine; with `save`, write a checkpoint at its last step and go on for `more`."""
+    began = time.perf_counter()
+    ranks = dist.get_world_size()
+    engine = build_engine(case, ranks)
+    steps, more = case["steps"], case.get("more", 0)
+    losses, norms = take_steps(engine, case, 0, steps)
+    answer: dict[str, Any] = {"losses": losses, "norms": norms, "stage": engine.stage}
     if "save" in case:
-        root = Path(case["save"])
-        checkpoint.save_checkpoint(engine, root, step=case["steps"], position={}, run={"a": 1})
-    state = {f"{s}/{n}": v.double().sum().item() for n, s, v in engine.read_state()}
-    nats, tokens = engine.evaluate(microbatches(0, rank, ranks))
+        checkpoint.save_checkpoint(engine, Path(case["save"]), step=steps, position={}, run={})
+        answer["state"] = fingerprints(engine.read_state())
+        answer["more"] = take_steps(engine, case, steps, steps + more)[0]
+    batches = microbatches(0, dist.get_rank(), ranks)
+    nats, tokens = engine.evaluate([batch.to(engine.device) for batch in batches])
     engine.close()
-    return {"losses": losses, "norms": norms, "state": state, "evaluated": nats / tokens}
+    return answer | {"evaluated": nats / tokens, "seconds": time.perf_counter() - began}
 
 
-def main() -> None:
-    cases = json.loads(Path(sys.argv[1]).read_text())
+def run_load(case: dict[str, Any]) -> dict[str, Any]:
+    """Load every source into one engine, the first into a fresh one; train each on for `more`."""
+    began = time.perf_counter()
+    engine = build_engine({**case, "seed": 1}, dist.get_world_size())
+    answer: dict[str, Any] = {}
+    for name, folder in case["sources"].items():
+        found = checkpoint.newest_checkpoint(Path(folder))
+        assert found is not None
+        checkpoint.load_checkpoint(engine, *found)
+        step = found[1].step
+        state = fingerprints(engine.read_state())
+        losses, _ = take_steps(engine, case, step, step + case["more"])
+        answer[name] = {"state": state, "more": losses}
+    engine.close()
+    return {"loads": answer, "seconds": time.perf_counter() - began}
+
+
+def run_refused(case: dict[str, Any]) -> dict[str, Any]:
+    """Load a checkpoint that does not belong to the model."""
+    engine = build_engine(case, dist.get_world_size())
+    before = fingerprints(engine.read_state())
+    found = checkpoint.newest_checkpoint(Path(case["source"]))
+    assert found is not None
+    error = None
+    try:
+        checkpoint.load_checkpoint(engine, *found)
+    except ShoalError as raised:
+        error = [type(raised).__name__, str(raised)]
+    untouched = fingerprints(engine.read_state()) == before
+    engine.close()
+    return {"error": error, "untouched": untouched}
+
+
+class Source:
+    """A loader over the synthetic rows that remembers what it was asked for."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        self.rank, self.ranks = rank, ranks
+        self.rows: dict[int, list[int]] = {}
+
+    def microbatches(self, step: int) -> list[Batch]:
+        batches = microbatches(step, self.rank, self.ranks)
+        self.rows[step] = [int(row) for batch in batches for row in batch.row_ids]
+        return batches
+
+
+def run_config(case: dict[str, Any]) -> RunConfig:
+    """Return the config of a `loop` case: `folder` is where it lives, `steps` its length."""
+    folder = Path(case["folder"])
+    return RunConfig.model_validate(
+        {
+            "name": folder.name,
+            "output": str(folder.parent),
+            "model": shape(case["kind"]).model_dump(),
+            "data": {"train": [{"path": "unused"}]},
+            "optim": OPTIM.model_dump() | case.get("optim", {}),
+            "train": {
+                "tokens": case["steps"] * ROWS * CONTEXT,
+                "batch_rows": ROWS,
+                "micro_batch_rows": 1,
+                "precision": case.get("precision", "fp32"),
+                "zero_stage": case["stage"],
+            },
+            "checkpoint": {"every_steps": case.get("every_steps", 100), "keep": 2},
+            "validation": {"every_steps": case.get("validate_every", 100)},
+        }
+    )
+
+
+def run_loop(case: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Run the training loop; with `stop_after`, a stop is requested after so many of its steps."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    config = run_config(case)
+    source = more.pop("source", None) or Source(rank, ranks)
+    engine = more.pop("engine", None) or build_engine({**case, "seed": config.seed}, ranks)
+    folder = Path(case["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = loop.RunFacts(
+        folder, rank, ranks, device="cpu", training_flops_per_token=FLOPS_PER_TOKEN
+    )
+    limit = case.get("stop_after", 10**9)
+    error, loss = None, None
+    try:
+        loss = loop.train(
+            engine, source, config, facts, stop_requested=lambda: len(source.rows) > limit, **more
+        )
+    except ShoalError as raised:
+        error = [type(raised).__name__, str(raised)]
+    finally:
+        engine.close()
+    return {"error": error, "loss": loss, "rows": source.rows}
+
+
+RUNNERS = {"train": run_train, "load": run_load, "refused": run_refused, "loop": run_loop}
+
+
+def serve(environment: dict[str, str], requests: Connection, log: str) -> None:
+    """Be a rank: run the cases of every request, answer with what they saw; None ends it."""
+    os.environ.update(environment)
+    with Path(log).open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
     start_process_group(torch.device("cpu"), timeout_seconds=120)
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    results = {}
-    for name, case in cases.items():
-        torch.manual_seed(0)
-        results[name] = train_engine(case, rank, ranks)
-    shm = [f for f in os.listdir("/dev/shm") if f.startswith("deepspeed_allreduce")]
-    if rank == 0:
-        Path(sys.argv[2]).write_text(json.dumps({"cases": results, "shm": shm}))
+    while (cases := requests.recv()) is not None:
+        answers = {}
+        for name, case in cases.items():
+            torch.manual_seed(0)
+            answers[name] = RUNNERS[case.get("run", "train")](case)
+        dist.barrier()
+        requests.send(answers)
     stop_process_group()
-
-
-if __name__ == "__main__":
-    main()

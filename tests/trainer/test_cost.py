@@ -78,6 +78,11 @@ def test_flops_equal_a_count_by_hand(name):
     assert training_flops_per_token(SHAPES[name], 16) == 3 * BY_HAND[name]
 
 
+def test_a_live_teacher_adds_its_forward_pass():
+    found = training_flops_per_token(SHAPES["llama"], 16, teacher=SHAPES["gpt2"])
+    assert found == 3 * BY_HAND["llama"] + BY_HAND["gpt2"]
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama grouped, free head", "qwen3"])
 def test_flops_equal_what_torch_counts(name):
     from torch.utils.flop_counter import FlopCounterMode

@@ -1,0 +1,98 @@
+"""Processes that die by SIGKILL at every point of saving a checkpoint.
+
+Each saves step 1 whole, then dies while it saves step 2. They are forked from one interpreter,
+because importing torch costs more than all of them.
+
+usage: killed_savers.py FOLDER    saves into FOLDER/POINT/checkpoints for every POINT
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+
+from shoal.trainer import checkpoint
+from shoal.trainer.engine import STATES
+
+POINTS = (
+    "half a file",
+    "file unsynced",
+    "manifest unsynced",
+    "folder unsynced",
+    "not renamed",
+    "renamed, parent unsynced",
+)
+
+
+class StateOnly:
+    """As much of an engine as saving needs."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def read_state(self):
+        generator = torch.Generator().manual_seed(self.step)
+        for name, shape in {"a": (3, 5), "b": (7,), "empty gain": (1,)}.items():
+            for state in STATES:
+                yield name, state, torch.randn(shape, generator=generator)
+
+
+def save(root: Path, step: int) -> Path:
+    return checkpoint.save_checkpoint(
+        StateOnly(step), root, step=step, position={"streams": [["x", 1.0]]}, run={"seed": 1}
+    )
+
+
+def die(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def write_half(tensors: dict, path: Path) -> None:
+    data = safetensors.torch.save(tensors)
+    path.write_bytes(data[: len(data) // 2])
+    die()
+
+
+def after(calls: int, function: Callable) -> Callable:
+    """Let so many calls through to `function`, then die."""
+    left = [calls]
+
+    def counted(*arguments: Any) -> Any:
+        left[0] -= 1
+        return die() if left[0] < 0 else function(*arguments)
+
+    return counted
+
+
+def save_and_die(root: Path, point: str) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    save(root, 1)
+    if point == "half a file":
+        safetensors.torch.save_file = write_half
+    elif point == "not renamed":
+        Path.rename = die  # type: ignore[method-assign, assignment]
+    else:
+        syncs = [p for p in POINTS if p.endswith("unsynced")]
+        checkpoint.sync = after(syncs.index(point), checkpoint.sync)
+    save(root, 2)
+
+
+def main() -> None:
+    for point in POINTS:
+        child = os.fork()
+        if child == 0:
+            save_and_die(Path(sys.argv[1]) / point / "checkpoints", point)
+            os._exit(0)  # not reached: the parent expects a signal
+        _, status = os.waitpid(child, 0)
+        if not os.WIFSIGNALED(status) or os.WTERMSIG(status) != signal.SIGKILL:
+            sys.exit(f"{point}: ended with {status}, not by SIGKILL")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,388 @@
+"""The training loop: resuming, refusing, recording; all of it with a real engine."""
+
+import json
+import math
+import shutil
+
+import engine_ranks
+import pytest
+import torch
+import torch.nn.functional as F
+from engine_ranks import CONTEXT, ROWS
+from rank_groups import free_port, rank_environment
+
+from shoal.configs.errors import ConfigError, DataError, StoppedOnRequest
+from shoal.kernels.backend import Kernels
+from shoal.trainer import checkpoint, loop
+from shoal.trainer.engine import start_process_group, stop_process_group
+from shoal.trainer.ledger import read_ledger, total
+from shoal.trainer.loop import NonFiniteLossError, Validation, check_same_run
+from shoal.trainer.metrics import read_metrics
+from shoal.trainer.model import Transformer
+
+pytestmark = pytest.mark.slow
+
+STEPS = 6
+# Losses near 4 have an ulp of 5e-7; other ranks sum in another order, for up to 6 steps.
+SUMMATION_ORDER = 5e-6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group():
+    """One rank, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in rank_environment(0, 1, free_port()).items():
+            patch.setenv(name, value)
+        start_process_group(torch.device("cpu"), timeout_seconds=60)
+        yield
+        stop_process_group()
+
+
+def make_case(folder, **more):
+    return {"kind": "dense", "stage": 0, "steps": STEPS, "folder": str(folder), **more}
+
+
+def run(folder, **more):
+    """Run the loop here; raise what it raised."""
+    extra = {key: more.pop(key) for key in ("source", "engine", "validation", "position")
+             if key in more}  # fmt: skip
+    return engine_ranks.run_loop(make_case(folder, **more), **extra)
+
+
+def curve(folder, kind="train", key="loss"):
+    return {r["step"]: r[key] for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == kind}
+
+
+def steps_on_disk(folder):
+    return sorted(int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Uninterrupted runs, by kind."""
+    known = {}
+
+    def get(kind="dense", **more):
+        key = (kind, *more.items())
+        if key not in known:
+            folder = tmp_path_factory.mktemp("whole") / "run"
+            known[key] = (folder, run(folder, kind=kind, **more))
+        return known[key]
+
+    return get
+
+
+# Resuming.
+
+
+@pytest.mark.parametrize("kind", ["dense", "dropout", "moe"])
+def test_a_run_stopped_at_any_step_ends_as_if_never_stopped(whole, tmp_path, kind):
+    straight, answer = whole(kind)
+    assert answer["error"] is None and list(answer["rows"]) == list(range(STEPS))
+    for stop in range(1, STEPS) if kind == "dense" else (2,):
+        folder = tmp_path / f"stopped-{stop}"
+        first = run(folder, kind=kind, stop_after=stop)
+        assert (
+            first["error"][0] == "StoppedOnRequest" and f"after step {stop} " in first["error"][1]
+        )
+        assert steps_on_disk(folder) == [stop]
+        second = run(folder, kind=kind)
+        assert second["error"] is None and list(second["rows"]) == list(range(stop, STEPS))
+        read = {step: rows for step, rows in first["rows"].items() if step < stop}
+        assert read | second["rows"] == answer["rows"]
+        assert curve(folder) == curve(straight)  # on one rank the order of sums is the same
+    last = [
+        checkpoint.read_manifest(f / "checkpoints" / "step-00000006") for f in (folder, straight)
+    ]
+    assert last[0].files == last[1].files  # sizes and hashes of all weights and moments
+
+
+def test_changing_ranks_and_stages_on_the_way(whole, ranks, tmp_path):
+    straight, _ = whole("dense")
+    folder = tmp_path / "run"
+    assert run(folder, stop_after=2)["error"][0] == StoppedOnRequest.__name__
+    for number, stage in ((2, 3), (3, 1)):  # one step each
+        case = make_case(folder, run="loop", stage=stage, stop_after=1)
+        answer = ranks(number).run({"loop": case})["loop"]
+        assert answer["error"][0] == StoppedOnRequest.__name__
+    assert steps_on_disk(folder) == [3, 4]
+    assert run(folder)["error"] is None
+    assert list(curve(folder)) == list(range(1, STEPS + 1))
+    assert list(curve(folder).values()) == pytest.approx(
+        list(curve(straight).values()), abs=SUMMATION_ORDER
+    )
+
+
+def test_rows_do_not_depend_on_the_ranks(whole, ranks, tmp_path):
+    _, answer = whole("dense")
+    shares = ranks(2).run({"a": make_case(tmp_path / "a", run="loop", stage=1)})["a"]["rows"]
+    for step, rows in answer["rows"].items():
+        assert shares[step] == rows[: ROWS // 2]  # of rank 0
+
+
+def test_dropout_on_ranks_without_rows_survives_a_resume(ranks, tmp_path):
+    """On 3 ranks the last one has only padding; its random state must not matter or drift."""
+    group, common = ranks(3), {"run": "loop", "kind": "dropout", "stage": 1}
+    answers = group.run(
+        {
+            "whole": make_case(tmp_path / "whole", **common),
+            "first": make_case(tmp_path / "parts", **common, stop_after=3),
+            "second": make_case(tmp_path / "parts", **common),
+        }
+    )
+    assert [a["error"] and a["error"][0] for a in answers.values()] == [
+        None, "StoppedOnRequest", None]  # fmt: skip
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+
+
+def test_dropout_is_a_function_of_seed_step_and_rows(whole):
+    assert curve(whole("dropout")[0]) != curve(whole("dense")[0])
+    training = object.__new__(loop._Training)
+
+    def draw(seed, step, rows):
+        config = engine_ranks.run_config(make_case("x", kind="dropout"))
+        training.config, training.step = config.model_copy(update={"seed": seed}), step
+        torch.rand(3)  # whatever came before
+        training._seed_dropout(engine_ranks.microbatches(rows, 0, 1))
+        return tuple(torch.rand(4).tolist())
+
+    assert draw(0, 0, 0) == draw(0, 0, 0)
+    places = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]  # rows come back in a second epoch
+    assert len({draw(*place) for place in places}) == len(places)
+
+
+def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(whole, tmp_path, capsys):
+    straight, _ = whole("dense")
+    folder = tmp_path / "run"
+    run(folder, every_steps=2, stop_after=5)
+    assert steps_on_disk(folder) == [4, 5]  # keep is 2
+    file = folder / "checkpoints" / "step-00000005" / "rank-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    answer = run(folder, every_steps=2)
+    assert "passed over" in capsys.readouterr().out and list(answer["rows"]) == [4, 5]
+    assert list(curve(folder)) == list(range(1, STEPS + 1))
+    assert curve(folder) == curve(straight)
+
+
+def test_what_a_killed_saver_left_is_cleared_away(tmp_path):
+    folder = tmp_path / "run"
+    run(folder, stop_after=2)
+    sound = folder / "checkpoints" / "step-00000002"
+    shutil.copytree(sound, sound.with_name(".partial-step-00000003"))
+    assert run(folder)["error"] is None
+    assert steps_on_disk(folder) == [2, 6]
+    assert not list((folder / "checkpoints").glob(".partial*"))
+
+
+def test_a_finished_run_costs_nothing(tmp_path, whole):
+    straight, _ = whole("dense")
+    folder = shutil.copytree(straight, tmp_path / "run")
+    before = (folder / "ledger.jsonl").read_text()
+    answer = run(folder)
+    assert answer["error"] is None and not answer["rows"]
+    assert curve(folder) == curve(straight)
+    assert (folder / "ledger.jsonl").read_text() == before
+
+
+def test_a_stop_before_the_first_step_saves_nothing(tmp_path):
+    answer = run(tmp_path / "run", stop_after=0)
+    assert answer["error"][0] == StoppedOnRequest.__name__
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+# Refusing.
+
+
+class Poisoned(engine_ranks.Source):
+    """Destroys a weight of the engine before a step."""
+
+    def __init__(self, engine, step):
+        super().__init__(0, 1)
+        self.engine, self.step = engine, step
+
+    def microbatches(self, step):
+        if step == self.step:
+            self.engine.objective.model.final_norm.weight.data.fill_(float("nan"))
+        return super().microbatches(step)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    folder = tmp_path / "run"
+    engine = engine_ranks.build_engine(make_case(folder), 1)
+    answer = run(folder, every_steps=2, engine=engine, source=Poisoned(engine, 3))
+    kind, text = answer["error"]
+    assert kind == NonFiniteLossError.__name__ and "step 4" in text
+    assert "[12, 13, 14, 15]" in text and "newest checkpoint is step 2" in text
+    assert steps_on_disk(folder) == [2]
+    assert list(curve(folder)) == [1, 2, 3]  # the broken step is not recorded
+    assert run(folder, every_steps=2)["error"] is None  # with sound weights it goes on
+
+
+def test_a_gradient_that_is_no_number_stops_the_run(tmp_path):
+    folder = tmp_path / "run"
+    engine = engine_ranks.build_engine(make_case(folder, broken_gradient=True), 1)
+    answer = run(folder, engine=engine)
+    assert answer["error"][0] == NonFiniteLossError.__name__
+    assert "gradient norm nan at step 1" in answer["error"][1]
+    assert not (folder / "checkpoints").exists()
+
+
+def test_every_rank_stops_at_a_loss_that_is_no_number(ranks, tmp_path):
+    case = make_case(tmp_path / "run", run="loop", stage=2, optim={"lr": 1e30, "clip_norm": 0.0})
+    answer = ranks(2).run({"a": case})["a"]
+    assert answer["error"][0] == NonFiniteLossError.__name__ and not steps_on_disk(tmp_path / "run")
+    assert ranks(2).run({"b": make_case(tmp_path / "b", run="loop", stage=2)})["b"]["error"] is None
+
+
+CHANGES = {
+    "optim": {"optim": {"lr": 1.0}},
+    "seed": {"seed": 5},
+    "model": {"model": {"dropout": 0.5}},
+    "train.tokens": {"train": {"tokens": 10**6}},
+    "train.batch_rows": {"train": {"batch_rows": 8}},
+    "train.precision": {"train": {"precision": "bf16", "zero_stage": 1}},
+    "teacher": {"teacher": {"path": "x"}},
+    "data.document_mask": {"data": {"document_mask": False}},
+}
+FREE = {
+    "ranks": {"world": {"ranks": 7}},
+    "stage": {"train": {"zero_stage": 3}},
+    "recomputation": {"train": {"activation_checkpointing": True}},
+    "compilation": {"train": {"compile": True}},
+    "kernels": {"kernels": {"attention": "reference"}},
+    "checkpoints": {"checkpoint": {"every_steps": 3, "keep": 9}},
+    "validation": {"validation": {"every_steps": 3}},
+    "where": {"output": "elsewhere"},
+    "folders": {"data": {"train": [{"path": "moved"}]}},
+    "booking": {"ledger": {"scope": "generic"}},
+}
+
+
+def changed(config, change):
+    tree = config.model_dump(mode="json")
+    for key, value in change.items():
+        merged = isinstance(value, dict) and isinstance(tree[key], dict)
+        tree[key] = tree[key] | value if merged else value
+    return type(config).model_validate(tree)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_would_give_another_result_is_refused(name, tmp_path):
+    config = engine_ranks.run_config(make_case(tmp_path / "run"))
+    stored = json.loads(json.dumps(config.model_dump(mode="json")))
+    check_same_run(stored, config, where=tmp_path)
+    with pytest.raises(ConfigError, match="another " + name) as error:
+        check_same_run(stored, changed(config, CHANGES[name]), where=tmp_path)
+    assert error.value.fix and error.value.where == str(tmp_path)
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_what_gives_the_same_result_may_change(name, tmp_path):
+    config = engine_ranks.run_config(make_case(tmp_path / "run"))
+    check_same_run(config.model_dump(mode="json"), changed(config, FREE[name]), where=tmp_path)
+
+
+def test_the_loop_itself_refuses_another_rate_and_other_rows(tmp_path):
+    folder = tmp_path / "run"
+    position = {"streams": [["hash a", 1.0], ["hash b", 0.25]]}
+    run(folder, stop_after=2, position=position)
+    before = (folder / "metrics.jsonl").read_text()
+    kind, text = run(folder, optim={"lr": 0.5}, position=position)["error"]
+    assert kind == ConfigError.__name__ and "another optim" in text
+    kind, text = run(folder, position={"streams": [["hash c", 1.0]]})["error"]
+    assert kind == DataError.__name__ and "other rows" in text and "hash c" in text
+    assert (folder / "metrics.jsonl").read_text() == before
+    assert run(folder, position=position)["error"] is None
+
+
+# Recording.
+
+
+def test_metrics_hold_every_step_once_after_a_kill(whole, tmp_path):
+    """A kill loses the steps after the newest checkpoint, and may tear the last line."""
+    straight, _ = whole("dense")
+    folder = tmp_path / "run"
+    run(folder, every_steps=2, stop_after=5)
+    shutil.rmtree(folder / "checkpoints" / "step-00000005")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 6, "lo')
+    assert run(folder, every_steps=2)["error"] is None
+    records = read_metrics(folder / "metrics.jsonl")
+    assert [r["step"] for r in records] == list(range(1, STEPS + 1))
+    assert curve(folder) == curve(straight)
+
+
+def test_records_say_what_was_done(whole):
+    folder, _ = whole("moe")
+    for record in read_metrics(folder / "metrics.jsonl"):
+        step = record["step"]
+        assert record["tokens"] == step * ROWS * CONTEXT and record["seconds"] > 0
+        real = engine_ranks.count_tokens(step - 1)
+        assert record["tokens_per_second"] == pytest.approx(real / record["seconds"], rel=0.05)
+        assert 0.9 < record["balance"] < 4 and record["router_z"] > 0 and record["grad_norm"] > 0
+        assert len(record["expert_load"]) == 4
+        assert sum(record["expert_load"]) == pytest.approx(1.0, abs=1e-5)
+    rates = list(curve(folder, key="lr").values())
+    assert rates[1] == max(rates) == 1e-2 and rates[-1] == pytest.approx(1e-3)
+
+
+def test_ledger_entries_add_up_to_the_steps(tmp_path):
+    folder = tmp_path / "run"
+    run(folder, every_steps=2, stop_after=3)
+    run(folder, every_steps=2)
+    entries = read_ledger(folder / "ledger.jsonl")
+    notes = [f"steps {a} to {b}" for a, b in ((0, 2), (2, 3), (3, 4), (4, 6))]
+    assert [entry.note for entry in entries] == notes
+    sums = total(entries)
+    assert sums["tokens"] == STEPS * ROWS * CONTEXT
+    assert sums["flops"] == sums["tokens"] * engine_ranks.FLOPS_PER_TOKEN
+    spent = sum(curve(folder, key="seconds").values())
+    assert sums["device_seconds"] == sums["seconds"] >= spent
+    assert all(e.kind == "train" and e.stage == "run" and e.devices == 1 for e in entries)
+
+
+def test_device_seconds_count_every_rank(ranks, tmp_path):
+    case = make_case(tmp_path / "run", run="loop", stage=1)
+    ranks(2).run({"a": case})
+    (entry,) = read_ledger(tmp_path / "run" / "ledger.jsonl")
+    assert entry.devices == 2 and entry.device_seconds == 2 * entry.seconds
+    assert entry.tokens == STEPS * ROWS * CONTEXT  # not once a rank
+
+
+@torch.no_grad()
+def spell_out_validation(folder, kind, batches):
+    """Nats and targets of the saved weights, from whole logits in fp64."""
+    found = checkpoint.newest_checkpoint(folder / "checkpoints")
+    model = Transformer(engine_ranks.shape(kind), Kernels("reference", "loop", 8)).eval()
+    reader = checkpoint.TensorReader(*found)
+    model.load_state_dict({name: reader.read(name) for name in found[1].tensors})
+    nats, count = 0.0, 0
+    for batch in batches:
+        logits = model.logits(batch.inputs, batch.segments).double()
+        real = batch.targets != engine_ranks.IGNORE
+        nats += F.cross_entropy(logits[real], batch.targets[real], reduction="sum").item()
+        count += int(real.sum())
+    return nats, count
+
+
+@pytest.mark.parametrize("kind", ["dense", "dropout"])
+def test_validation_in_bits_per_byte(tmp_path, kind):
+    folder = tmp_path / "run"
+    batches = [*engine_ranks.microbatches(100, 0, 1), *engine_ranks.microbatches(101, 0, 1)]
+    validation = Validation(batches, text_bytes=400)
+    answer = run(folder, kind=kind, validation=validation, validate_every=4)
+    assert list(curve(folder, "validation")) == [4, 6]  # every 4 steps, and at the end
+    nats, count = spell_out_validation(folder, kind, batches)
+    record = read_metrics(folder / "metrics.jsonl")[-1]
+    # fp32 sums of about 120 terms against fp64.
+    assert record["loss"] == answer["loss"] == pytest.approx(nats / count, rel=1e-6)
+    assert record["bits_per_byte"] == pytest.approx(nats / math.log(2) / 400, rel=1e-6)
+    assert record["bits_per_byte"] / record["loss"] != pytest.approx(1 / math.log(2), rel=0.5)
+
+
+def test_validation_leaves_training_as_it_was(whole, tmp_path):
+    """With dropout: what validation draws or switches must not be felt by the next step."""
+    validation = Validation(engine_ranks.microbatches(100, 0, 1), text_bytes=400)
+    folder = tmp_path / "run"
+    run(folder, kind="dropout", validation=validation, validate_every=1)
+    assert curve(folder) == curve(whole("dropout")[0])

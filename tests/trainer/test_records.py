@@ -1,0 +1,110 @@
+"""The ledger and the metrics as files: torn lines, broken lines, sums."""
+
+import json
+
+import pytest
+
+from shoal.configs.errors import DataError
+from shoal.trainer.ledger import LedgerEntry, append_entry, now, read_ledger, total
+from shoal.trainer.metrics import Metrics, read_metrics
+
+
+def make_entry(stage="a", **more):
+    values = {"kind": "train", "stage": stage, "started": now(), "seconds": 2.0} | more
+    return LedgerEntry(**values)
+
+
+def test_entries_come_back_as_they_were(tmp_path):
+    path = tmp_path / "new" / "ledger.jsonl"
+    assert read_ledger(path) == []
+    entries = [make_entry("a", devices=2, tokens=7, flops=1e20), make_entry("b", scope="generic")]
+    for entry in entries:
+        append_entry(path, entry)
+    assert read_ledger(path) == entries
+    assert [json.loads(line)["device_seconds"] for line in path.read_text().splitlines()] == [4, 2]
+
+
+def test_totals_by_hand():
+    found = total([make_entry(devices=3, tokens=5, flops=2.0), make_entry(seconds=1.5, tokens=1)])
+    assert found == {"seconds": 3.5, "device_seconds": 7.5, "tokens": 6, "flops": 2.0}
+    assert total([]) == {"seconds": 0, "device_seconds": 0, "tokens": 0, "flops": 0}
+
+
+@pytest.mark.parametrize("left", [1, 20, -3])
+def test_a_torn_last_line_is_dropped_and_stays_harmless(tmp_path, left):
+    path = tmp_path / "ledger.jsonl"
+    for stage in "abc":
+        append_entry(path, make_entry(stage))
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:2]) + lines[2][:left])
+    assert [entry.stage for entry in read_ledger(path)] == ["a", "b"]
+    append_entry(path, make_entry("d"))  # the next start goes on
+    append_entry(path, make_entry("e"))
+    assert [entry.stage for entry in read_ledger(path)] == ["a", "b", "d", "e"]
+
+
+def test_a_last_line_that_lacks_only_its_end_is_kept(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    append_entry(path, make_entry("a"))
+    path.write_text(path.read_text().rstrip("\n"))
+    append_entry(path, make_entry("b"))
+    assert [entry.stage for entry in read_ledger(path)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("bad", ["{", "[1]", '{"kind": "train"}', '{"kind": "party"}', "x"])
+def test_a_broken_line_in_the_middle_is_named(tmp_path, bad):
+    path = tmp_path / "ledger.jsonl"
+    append_entry(path, make_entry("a"))
+    with path.open("a") as file:
+        file.write(bad + "\n")
+    append_entry(path, make_entry("b"))
+    with pytest.raises(DataError, match="line 2 is not a ledger entry") as error:
+        read_ledger(path)
+    assert error.value.where == str(path)
+
+
+def write_steps(folder, start, stop, steps=9):
+    metrics = Metrics(folder, name="run", steps=steps, start=start, active=True)
+    for step in range(start + 1, stop + 1):
+        metrics.write("train", step, loss=1.0 / step, tokens_per_second=1.0)
+        if step % 2 == 0:
+            metrics.write("validation", step, loss=0.5, bits_per_byte=0.25)
+    metrics.close()
+
+
+def summary(folder):
+    return [(r["kind"][0], r["step"]) for r in read_metrics(folder / "metrics.jsonl")]
+
+
+def test_a_resumed_run_forgets_what_it_does_again(tmp_path):
+    write_steps(tmp_path, 0, 5)
+    write_steps(tmp_path, 2, 4)
+    want = [("t", 1), ("t", 2), ("v", 2), ("t", 3), ("t", 4), ("v", 4)]
+    assert summary(tmp_path) == want
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_torn_metrics_lose_their_last_line_alone(tmp_path):
+    write_steps(tmp_path, 0, 3)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text()[:-9])
+    assert summary(tmp_path) == [("t", 1), ("t", 2), ("v", 2)]
+    write_steps(tmp_path, 2, 3)
+    assert summary(tmp_path) == [("t", 1), ("t", 2), ("v", 2), ("t", 3)]
+    assert read_metrics(tmp_path / "absent.jsonl") == []
+
+
+def test_ranks_other_than_0_write_nothing(tmp_path, capsys):
+    metrics = Metrics(tmp_path, name="run", steps=3, start=0, active=False)
+    metrics.write("train", 1, loss=1.0, tokens_per_second=1.0)
+    metrics.say("x")
+    metrics.close()
+    assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
+    write_steps(tmp_path, 0, 3, steps=3)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("run step 1/3: loss 1.000") and "tok/s" in lines[0]
+    assert any("step 2/3: validation loss 0.5000, 0.2500 bits per byte" in line for line in lines)
+    assert lines[-1].startswith("run step 3/3")  # the last step is always shown
