@@ -236,6 +236,15 @@ def _read_jsonl(file: SourceFile, dropped: DroppedLog) -> Iterator[Record]:
             dropped.add(place, "not a JSON object")
 
 
+def read_lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of any file, unpacked by its suffix.
+
+    Raises:
+        DataError: it cannot be read to its end.
+    """
+    return _read_lines(SourceFile(path, path.name, "jsonl"))
+
+
 def _read_lines(file: SourceFile) -> Iterator[bytes]:
     """Yield the lines of a file, unpacked; a torn archive is an error, not an early end."""
     import zstandard

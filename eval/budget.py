@@ -35,10 +35,22 @@ class Measured:
     deviation: float
     """(measured - target) / target."""
     within: bool
+    rule: str = "match"
+    """`match`: within tolerance on both sides; `limit`: not beyond the target."""
+
+    @property
+    def excess(self) -> float:
+        """Share by which it is worse than the target; negative where there is room."""
+        return excess(self.axis, self.deviation)
 
     def as_tree(self) -> dict[str, Any]:
         """Return a tree for JSON."""
         return asdict(self)
+
+
+def excess(axis: str, deviation: float) -> float:
+    """Return how much worse than a target a deviation from it is; of speed less is worse."""
+    return -deviation if axis == "tokens_per_second" else deviation
 
 
 @dataclass(frozen=True)
@@ -58,6 +70,7 @@ def measure_cost(
     *,
     model: ModelConfig | None = None,
     latency: Latency | None = None,
+    rule: str = "match",
 ) -> Measured:
     """Measure one axis on the built model, under the budget's conditions.
 
@@ -66,6 +79,7 @@ def measure_cost(
         budget: Axis, target and conditions.
         model: Its configuration, for the formula beside the measurement.
         latency: Timings under the budget's conditions; needed for the timed axes.
+        rule: `match` for a model built to this budget, `limit` for one that was not.
     """
     facts = source.shape_facts(budget.context) if isinstance(source, Candidate) else source
     if budget.axis == "active_flops_per_token":
@@ -82,14 +96,22 @@ def measure_cost(
         value = latency.decode_tokens_per_second
     solved = model is not None and budget.axis in SOLVED_AXES
     formula = compute_cost(model, budget) if solved and model is not None else None
-    return check_match(budget, value, formula)
+    return check_match(budget, value, formula, rule)
 
 
-def check_match(budget: BudgetConfig, measured: float, formula: float | None = None) -> Measured:
-    """Compare a value with a budget's target; a match is two-sided."""
+def check_match(
+    budget: BudgetConfig, measured: float, formula: float | None = None, rule: str = "match"
+) -> Measured:
+    """Compare a value with a budget's target; a match is two-sided, a limit is not.
+
+    The tolerance is for what a solver can reach; a limit is kept or it is not.
+    """
     deviation = (measured - budget.target) / budget.target
-    within = abs(deviation) <= budget.tolerance
-    return Measured(budget.axis, budget.target, measured, formula, deviation, within)
+    if rule == "limit":
+        within = excess(budget.axis, deviation) <= 0
+    else:
+        within = abs(deviation) <= budget.tolerance
+    return Measured(budget.axis, budget.target, measured, formula, deviation, within, rule)
 
 
 def compute_cost(model: ModelConfig, budget: BudgetConfig) -> float:

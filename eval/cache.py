@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from shoal.eval.partials import open_aside
+
 FORMAT = 1  # raise when the same inputs would give another result than before
 
 
@@ -35,7 +37,7 @@ class ResultCache:
             return stored
         result = compute()
         self.folder.mkdir(parents=True, exist_ok=True)
-        aside = file.with_name(f".partial-{os.getpid()}-{file.name}")
+        aside = open_aside(file, alone=True)
         with aside.open("w", encoding="utf-8") as stream:
             json.dump({"facts": plain, "result": result}, stream)
             stream.flush()

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.configs.errors import ConfigError, DataError
+from shoal.trainer.cost import BYTES_PER_VALUE
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-BYTES_PER_VALUE = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -45,11 +45,11 @@ class ShapeFacts:
 
     def resident_bytes(self, precision: str) -> float:
         """Bytes of all weights at a precision."""
-        return self.total * BYTES_PER_VALUE[precision]
+        return float(self.total * BYTES_PER_VALUE[precision])
 
     def kv_bytes_per_token(self, precision: str) -> float:
         """Bytes of cache one token adds at a precision."""
-        return self.kv_values_per_token * BYTES_PER_VALUE[precision]
+        return float(self.kv_values_per_token * BYTES_PER_VALUE[precision])
 
 
 class Candidate:

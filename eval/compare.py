@@ -16,6 +16,7 @@ from shoal.configs.study import BudgetConfig, TasksConfig
 from shoal.eval.budget import Measured, measure_cost, scoring_precision
 from shoal.eval.cache import ResultCache
 from shoal.eval.calibration import calibrate
+from shoal.eval.candidate import ShapeFacts
 from shoal.eval.contamination import COMMON_DOCUMENTS, GRAM, Overlap
 from shoal.eval.evaluation import Conditions, Contestant, Evaluator
 from shoal.eval.inputs import ArmInput, References, TrainingTexts
@@ -48,7 +49,7 @@ def compare(
 
     Args:
         arms: Contestants, each with one export a seed.
-        budgets: By name; an arm that names none is held against the first.
+        budgets: By name; to an arm built to none of them, each is a limit.
         tasks: What to score.
         name: Of the study.
         primary_task: Task that decides; None: the first.
@@ -66,7 +67,9 @@ def compare(
     """
     loaded = load_tasks(tasks)
     primary = primary_task or loaded[0].name
+    references = references or References()
     _check_names(arms, budgets, [task.name for task in loaded], primary)
+    _check_reference_names(arms, references)
     precision = scoring_precision(budgets)
     contestants = [Contestant(arm) for arm in arms]
     _check_context(contestants, budgets, tasks)
@@ -77,39 +80,60 @@ def compare(
         cache=ResultCache(cache),
         progress=progress,
     )
+    found = _measure_all(evaluator, contestants, budgets, references, training_texts)
+    rows, pairs = found["arms"], found["pairs"]
+    report = {
+        "schema": SCHEMA,
+        "study": {"name": name, "primary_task": primary, "tasks": _describe_tasks(loaded)},
+        "environment": _describe_environment(evaluator, contestants),
+        "budgets": [{"name": key, **budget.model_dump()} for key, budget in budgets.items()],
+        "verdict": reach_verdict(rows, pairs, found["references"], primary),
+        **found,
+        "ledger": total_ledger(arms),
+        "cost_curve": cost_curve(rows),
+    }
+    check_report(report)
+    return report
+
+
+def _measure_all(
+    evaluator: Evaluator,
+    contestants: Sequence[Contestant],
+    budgets: Mapping[str, BudgetConfig],
+    references: References,
+    training_texts: TrainingTexts | None,
+) -> dict[str, Any]:
+    """Return the parts of the report that models have to be run for."""
     scores = [evaluator.arm_scores(one) for one in contestants]
     timings = _time_all(evaluator, contestants, budgets)
     rows = [
         _describe_arm(evaluator, one, scored, budgets, timings)
         for one, scored in zip(contestants, scores, strict=True)
     ]
-    pairs = [
-        pair for task in loaded for pair in compare_pairs(task, [one[task.name] for one in scores])
-    ]
-    reference_rows = evaluator.reference_rows(references or References(), contestants[0].first)
-    contamination = _search(evaluator, training_texts, rows, scores)
-    report = {
-        "schema": SCHEMA,
-        "study": {"name": name, "primary_task": primary, "tasks": _describe_tasks(loaded)},
-        "environment": describe_machine()
-        | {
-            "scoring": f"weights rounded to {precision}, arithmetic fp32",
-            "window": tasks.context,
-            "latency": "plain transformers, eager, arms taking turns",
-            "same_tokenizer": len({evaluator.tokenizer_hash(c.first) for c in contestants}) == 1,
-        },
-        "budgets": [{"name": key, **budget.model_dump()} for key, budget in budgets.items()],
-        "verdict": reach_verdict(rows, pairs, reference_rows, primary),
+    return {
         "arms": rows,
-        "references": reference_rows,
-        "pairs": pairs,
-        "ledger": total_ledger(arms),
-        "cost_curve": cost_curve(rows),
-        "calibration": _calibrate(loaded, scores),
-        "contamination": contamination,
+        "references": evaluator.reference_rows(references, contestants[0].first),
+        "pairs": [
+            pair
+            for task in evaluator.tasks
+            for pair in compare_pairs(task, [one[task.name] for one in scores])
+        ],
+        "calibration": _calibrate(evaluator.tasks, scores),
+        "contamination": _search(evaluator, training_texts, rows, scores),
     }
-    check_report(report)
-    return report
+
+
+def _describe_environment(
+    evaluator: Evaluator, contestants: Sequence[Contestant]
+) -> dict[str, Any]:
+    """Return what scores and timings were taken under."""
+    vocabularies = {evaluator.tokenizer_hash(one.first) for one in contestants}
+    return describe_machine() | {
+        "scoring": f"weights rounded to {evaluator.precision}, arithmetic fp32",
+        "window": evaluator.context,
+        "latency": "plain transformers, eager, arms taking turns",
+        "same_tokenizer": len(vocabularies) == 1,
+    }
 
 
 def check_report(report: Mapping[str, Any]) -> None:
@@ -144,6 +168,15 @@ def _check_names(
                 where=f"arm {arm.name}",
             )
     check_primary_task(tasks, primary)
+
+
+def _check_reference_names(arms: Sequence[ArmInput], references: References) -> None:
+    """Refuse reference rows that could be taken for an arm or for one of the fixed rows."""
+    for name in references.others:
+        if name in {"unigram", "untrained", *(arm.name for arm in arms)}:
+            raise ConfigError(
+                f"a reference cannot be called {name!r}: another row is", fix="rename it"
+            )
 
 
 def check_primary_task(tasks: Sequence[str], primary: str) -> None:
@@ -196,39 +229,21 @@ def _describe_arm(
     timings: Mapping[Conditions, Mapping[str, Latency]],
 ) -> dict[str, Any]:
     """Return one arm's part of the report."""
-    arm, candidate = contestant.arm, contestant.first
+    arm = contestant.arm
     measured = {
         key: _measure(evaluator, contestant, budget, timings) for key, budget in budgets.items()
     }
-    own = arm.match or next(iter(budgets))
+    # Held to all budgets, an arm is judged by the one it has least room in.
+    own = arm.match or max(measured, key=lambda key: measured[key].excess)
     first = next(iter(budgets.values()))
-    facts = evaluator.shape_facts(candidate, first.context)
-    latency = timings[Conditions.of(first)][arm.name]
+    facts = evaluator.shape_facts(contestant.first, first.context)
     return {
         "name": arm.name,
         "kind": arm.kind,
         "matched": {"budget": own, **measured[own].as_tree()},
         "budgets": {key: value.as_tree() for key, value in measured.items()},
         "parameters": {"total": facts.total, "active": facts.active, "embedding": facts.embedding},
-        "inference": {
-            "conditions": {
-                "precision": first.precision,
-                "context": first.context,
-                "batch": first.batch,
-            },
-            "flops_per_token": facts.flops_per_token,
-            "bytes_resident": facts.resident_bytes(first.precision),
-            "kv_bytes_per_token": facts.kv_bytes_per_token(first.precision),
-            "latency_ms": {
-                "prefill": latency.prefill_ms.as_tree(),
-                "decode": latency.decode_ms.as_tree(),
-                "unstable": latency.unstable,
-            },
-            "tokens_per_second": {
-                "prefill": latency.prefill_tokens_per_second,
-                "decode": latency.decode_tokens_per_second,
-            },
-        },
+        "inference": _describe_inference(facts, first, timings[Conditions.of(first)][arm.name]),
         "training": describe_training(arm),
         "tasks": {task.name: describe_scores(task, scores[task.name]) for task in evaluator.tasks},
         "export": str(arm.exports[0].folder),
@@ -240,6 +255,31 @@ def _describe_arm(
     }
 
 
+def _describe_inference(
+    facts: ShapeFacts, budget: BudgetConfig, latency: Latency
+) -> dict[str, Any]:
+    """Return what running a model costs under a budget's conditions."""
+    return {
+        "conditions": {
+            "precision": budget.precision,
+            "context": budget.context,
+            "batch": budget.batch,
+        },
+        "flops_per_token": facts.flops_per_token,
+        "bytes_resident": facts.resident_bytes(budget.precision),
+        "kv_bytes_per_token": facts.kv_bytes_per_token(budget.precision),
+        "latency_ms": {
+            "prefill": latency.prefill_ms.as_tree(),
+            "decode": latency.decode_ms.as_tree(),
+            "unstable": latency.unstable,
+        },
+        "tokens_per_second": {
+            "prefill": latency.prefill_tokens_per_second,
+            "decode": latency.decode_tokens_per_second,
+        },
+    }
+
+
 def _measure(
     evaluator: Evaluator,
     contestant: Contestant,
@@ -248,7 +288,8 @@ def _measure(
 ) -> Measured:
     timed = timings.get(Conditions.of(budget), {}).get(contestant.arm.name)
     facts = evaluator.shape_facts(contestant.first, budget.context)
-    return measure_cost(facts, budget, model=contestant.arm.model, latency=timed)
+    rule = "match" if contestant.arm.match else "limit"
+    return measure_cost(facts, budget, model=contestant.arm.model, latency=timed, rule=rule)
 
 
 def _describe_tasks(tasks: Sequence[Task]) -> list[dict[str, Any]]:

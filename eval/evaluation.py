@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -154,11 +155,17 @@ class Evaluator:
                 self._row("unigram", "add-one smoothed token counts of training text", scored)
             )
         if references.untrained is not None:
-            candidate = Candidate.open(references.untrained, "untrained")
-            scored = {task.name: self.scores(candidate, task) for task in self.tasks}
-            candidate.release()
-            rows.append(self._row("untrained", "the first arm's shape before training", scored))
+            what = "the first arm's shape before training"
+            rows.append(self._model_row("untrained", what, references.untrained))
+        for name, folder in references.others.items():
+            rows.append(self._model_row(name, f"{name}: scored beside the arms, no arm", folder))
         return rows
+
+    def _model_row(self, name: str, what: str, folder: Path) -> dict[str, Any]:
+        candidate = Candidate.open(folder, name)
+        scored = {task.name: self.scores(candidate, task) for task in self.tasks}
+        candidate.release()
+        return self._row(name, what, scored)
 
     def _unigram(self, task: Task, tokens_of: Candidate, counts: np.ndarray) -> ItemScores:
         facts = {

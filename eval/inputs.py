@@ -33,7 +33,7 @@ class ArmInput:
     """`dense`, `moe`, `distilled`."""
     exports: Sequence[ExportInput]
     match: str | None = None
-    """Name of the budget it was built to; None: the first one."""
+    """Name of the budget it was built to; None: to none, and every budget is a limit."""
     model: ModelConfig | None = None
     """Its configuration, for formulas beside measurements; vocab_size known."""
     equal_on: str | None = None
@@ -59,3 +59,5 @@ class References:
     """Occurrences of each token in the training shards.  # (vocab,)"""
     untrained: Path | None = None
     """Export of a freshly initialised model."""
+    others: Mapping[str, Path] = field(default_factory=dict)
+    """Further exports by the name of their row, for example the teacher's."""

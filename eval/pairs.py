@@ -59,15 +59,21 @@ def describe_scores(task: Task, scores: ArmScores) -> dict[str, Any]:
 
 
 def compare_pairs(task: Task, arms: Sequence[ArmScores]) -> list[dict[str, Any]]:
-    """Compare all pairs of arms on one task; p values are adjusted for the number of pairs."""
-    rows = [_compare_two(task, a, b) for a, b in itertools.combinations(arms, 2)]
+    """Compare all pairs of arms on one task; p values are adjusted for the number of pairs.
+
+    The spread between seeds is the largest of all arms of the task: with two seeds the ranges of
+    the two arms alone call one identical pair in five different, those of four arms one in ten.
+    """
+    spreads = [statistics.seed_spread(arm.values) for arm in arms]
+    spread = max((one for one in spreads if one is not None), default=None)
+    rows = [_compare_two(task, a, b, spread) for a, b in itertools.combinations(arms, 2)]
     for row, adjusted in zip(rows, statistics.holm([r["p_value"] for r in rows]), strict=True):
         row["p_holm"] = adjusted
         row["outcome"], row["reason"] = decide(row, task.higher_is_better)
     return rows
 
 
-def _compare_two(task: Task, a: ArmScores, b: ArmScores) -> dict[str, Any]:
+def _compare_two(task: Task, a: ArmScores, b: ArmScores, spread: float | None) -> dict[str, Any]:
     mean_a, mean_b = a.mean, b.mean
     differences = (np.asarray(mean_a.numerator) - np.asarray(mean_b.numerator)).tolist()
     single = len(a.trainings) == len(b.trainings) == 1
@@ -75,8 +81,6 @@ def _compare_two(task: Task, a: ArmScores, b: ArmScores) -> dict[str, Any]:
         test, p_value = "mcnemar_exact", statistics.mcnemar_p(mean_a.numerator, mean_b.numerator)
     else:
         test, p_value = "sign_flip_permutation", statistics.permutation_p(differences)
-    spreads = {arm.arm: statistics.seed_spread(arm.values) for arm in (a, b)}
-    known = [spread for spread in spreads.values() if spread is not None]
     denominator = mean_a.denominator
     return {
         "a": a.arm,
@@ -90,7 +94,7 @@ def _compare_two(task: Task, a: ArmScores, b: ArmScores) -> dict[str, Any]:
         "test": test,
         "n": len(differences),
         "detectable_difference": statistics.detectable_difference(differences, denominator),
-        "seed_spread": max(known) if known else None,
+        "seed_spread": spread,
         "per_seed": _by_seed(task, a, b),
     }
 

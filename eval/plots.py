@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from shoal.eval.words import METRIC_WORDS
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -21,7 +23,6 @@ COLOURS = ("#3f7fd1", "#d9822b", "#2f9d72", "#c2559a", "#8a6fd6", "#b3922a", "#2
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 GREY = "#87919c"
 INK = "#010203"  # replaced by currentColor
-METRICS = {"bits_per_byte": "bits per byte", "accuracy": "accuracy"}
 AXES = (
     ("active_flops_per_token", "MFLOPs per token", 1e6),
     ("resident_bytes", "MB resident", 1e6),
@@ -140,7 +141,7 @@ def _draw_quality(report: Report, figure: Figure) -> bool:
         _widen(axes, [*values, *targets])
     metric = report["verdict"]["metric"]
     better = "higher" if metric == "accuracy" else "lower"
-    grid[0].set_ylabel(f"{METRICS[metric]} ({better} is better)")
+    grid[0].set_ylabel(f"{METRIC_WORDS[metric]} ({better} is better)")
     return True
 
 

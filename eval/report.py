@@ -11,22 +11,13 @@ from typing import Any
 
 from shoal.configs.errors import ConfigError
 from shoal.eval.compare import check_report
+from shoal.eval.partials import open_aside
 from shoal.eval.plots import AXES, COLOURS, MARKERS, draw_all
+from shoal.eval.words import AXIS_WORDS, METRIC_WORDS, TEST_WORDS
 
 REPORT = "report.json"
 FILES = (REPORT, "report.md", "report.html")
 
-AXIS_WORDS = {
-    "active_flops_per_token": "active FLOPs per token",
-    "resident_bytes": "resident bytes",
-    "kv_bytes_per_token": "KV bytes per token",
-    "latency_ms": "decode latency",
-    "tokens_per_second": "tokens per second",
-}
-TEST_WORDS = {
-    "mcnemar_exact": "exact McNemar",
-    "sign_flip_permutation": "paired permutation",
-}
 SIGNS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖", "h": "⬢"}
 
 
@@ -47,7 +38,7 @@ def write_report(report: Mapping[str, Any], folder: Path) -> Path:
         "report.html": render_html(report),
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.with_name(f".partial-{os.getpid()}-{folder.name}")
+    aside = open_aside(folder)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     for name, text in texts.items():
@@ -100,7 +91,7 @@ def _render(template: str, report: Mapping[str, Any], **values: Any) -> str:
         seconds=format_seconds,
         axis=AXIS_WORDS.__getitem__,
         test=TEST_WORDS.__getitem__,
-        metric={"bits_per_byte": "bits per byte", "accuracy": "accuracy"}.__getitem__,
+        metric=METRIC_WORDS.__getitem__,
     )
     looks = {
         arm["name"]: (COLOURS[i % len(COLOURS)], SIGNS[MARKERS[i % len(MARKERS)]])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from shoal.eval.budget import excess
+from shoal.eval.words import AXIS_WORDS, METRIC_WORDS
+
 Row = Mapping[str, Any]
 
-METRIC_WORDS = {"bits_per_byte": "bits per byte", "accuracy": "accuracy"}
 UNIGRAM_MARGIN = 0.10
+EQUAL_COST = 0.03
 
 
 def reach_verdict(
@@ -18,8 +20,9 @@ def reach_verdict(
     """Judge the arms on the primary task.
 
     An arm off its budget cannot win. The winner is better than every other arm beyond chance over
-    items and beyond the spread between seeds; otherwise the outcome is undecided, and among the
-    arms nothing is shown to beat, the one cheapest to run is named for deployment.
+    items and, where it is known, beyond the spread between seeds; otherwise the outcome is
+    undecided, and among the arms nothing is shown to beat, the one cheapest to run is named for
+    deployment.
 
     Args:
         arms: The report's arms.
@@ -28,37 +31,45 @@ def reach_verdict(
         primary_task: Task whose metric decides.
     """
     eligible = [arm for arm in arms if arm["matched"]["within"]]
-    off_budget = [arm["name"] for arm in arms if not arm["matched"]["within"]]
     decided = [pair for pair in pairs if pair["task"] == primary_task]
-    unbeaten = [arm for arm in eligible if not _beaten_by(arm["name"], eligible, decided)]
-    leader = _leader(unbeaten, primary_task)
-    deploy = min(unbeaten, key=_running_cost, default=None)
-    winner = None
-    if leader and all(_beats(leader, arm, decided) for arm in eligible if arm is not leader):
-        winner = deploy = leader
-    outcome = "none" if leader is None else "winner" if winner else "undecided"
-    if len(arms) == 1 and leader:
-        outcome = "single"
-    verdict = {
-        "outcome": outcome,
-        "primary_task": primary_task,
-        "metric": arms[0]["tasks"][primary_task]["metric"],
-        "winner": winner["name"] if winner and outcome == "winner" else None,
-        "leader": leader["name"] if leader else None,
-        "unbeaten": [arm["name"] for arm in unbeaten],
-        "deploy": deploy["name"] if deploy else None,
-        "export": deploy["export"] if deploy else None,
-        "off_budget": off_budget,
-    }
-    verdict["headline"] = _headline(verdict, leader)
+    verdict = _choose(arms, eligible, decided, primary_task)
+    verdict["headline"] = _headline(verdict, arms, decided)
     verdict["sentences"] = [
         *_deployment(verdict, arms),
         *_worth(eligible, decided, primary_task),
         *_against_references(arms, references, primary_task),
+        *_built_to(arms),
+        *_over_other_budgets(verdict, arms),
         *_off_budget(arms),
         *_scope(arms),
     ]
     return verdict
+
+
+def _choose(
+    arms: Sequence[Row], eligible: Sequence[Row], pairs: Sequence[Row], task: str
+) -> dict[str, Any]:
+    """Return the outcome and the names in it."""
+    unbeaten = [arm for arm in eligible if not _beaten_by(arm["name"], eligible, pairs)]
+    leader = _leader(unbeaten, task)
+    deploy = _cheapest(unbeaten)
+    won = leader and all(_beats(leader, arm, pairs) for arm in eligible if arm is not leader)
+    if won:
+        deploy = leader
+    outcome = "none" if leader is None else "winner" if won else "undecided"
+    if len(arms) == 1 and leader:
+        outcome = "single"
+    return {
+        "outcome": outcome,
+        "primary_task": task,
+        "metric": arms[0]["tasks"][task]["metric"],
+        "winner": leader["name"] if leader and outcome == "winner" else None,
+        "leader": leader["name"] if leader else None,
+        "unbeaten": [arm["name"] for arm in unbeaten],
+        "deploy": deploy["name"] if deploy else None,
+        "export": deploy["export"] if deploy else None,
+        "off_budget": [arm["name"] for arm in arms if not arm["matched"]["within"]],
+    }
 
 
 def _beaten_by(name: str, arms: Sequence[Row], pairs: Sequence[Row]) -> list[str]:
@@ -90,33 +101,51 @@ def _leader(arms: Sequence[Row], task: str) -> Row | None:
     return min(arms, key=lambda arm: sign * arm["tasks"][task]["value"])
 
 
-def _running_cost(arm: Row) -> tuple[float, float]:
-    """Order by FLOPs per token, arms within 3 % of each other by bytes.
+def _cheapest(arms: Sequence[Row]) -> Row | None:
+    """Return the arm cheapest to run: by FLOPs per token, within 3 % of the lowest by bytes."""
+    if not arms:
+        return None
+    lowest = min(arm["inference"]["flops_per_token"] for arm in arms)
+    near = [a for a in arms if a["inference"]["flops_per_token"] <= (1 + EQUAL_COST) * lowest]
+    return min(near, key=lambda arm: (arm["inference"]["bytes_resident"], arm["name"]))
 
-    Logarithmic steps of 3 % make the order total, so that the choice does not depend on the order
-    of the arms.
-    """
-    inference = arm["inference"]
-    return round(math.log(inference["flops_per_token"]) / 0.06), inference["bytes_resident"]
 
-
-def _headline(verdict: Row, leader: Row | None) -> str:
+def _headline(verdict: Row, arms: Sequence[Row], pairs: Sequence[Row]) -> str:
     task, metric = verdict["primary_task"], METRIC_WORDS[verdict["metric"]]
+    leader = next((arm for arm in arms if arm["name"] == verdict["leader"]), None)
     if leader is None:
-        return "No verdict: no arm meets the budget it was built to."
+        if all(arm["matched"]["rule"] == "limit" for arm in arms):
+            return "No verdict: no arm keeps within every budget."
+        return "No verdict: no arm meets the budget it is held to."
     value = _number(leader["tasks"][task]["value"], verdict["metric"])
     if verdict["outcome"] == "single":
         return f"{leader['name']} reaches {value} {metric} on {task}; there is no other arm."
     if verdict["outcome"] == "winner":
-        return (
-            f"{leader['name']} wins: {value} {metric} on {task}, better than every other arm "
-            "beyond chance and beyond the spread between seeds."
-        )
+        return f"{leader['name']} wins: {value} {metric} on {task}, {_proof(verdict, arms, pairs)}"
     rivals = [name for name in verdict["unbeaten"] if name != leader["name"]]
     return (
         f"Undecided: {leader['name']} has the best mean ({value} {metric} on {task}), but the "
         f"evidence does not separate it from {_list(rivals)}."
     )
+
+
+def _proof(verdict: Row, arms: Sequence[Row], pairs: Sequence[Row]) -> str:
+    """Say what a winner is better than, and how far the evidence for it reaches."""
+    off = set(verdict["off_budget"])
+    if len(arms) - len(off) == 1:
+        return "the only arm within its budget."
+    others = "every other arm within its budget" if off else "every other arm"
+    deciding = [
+        pair
+        for pair in pairs
+        if verdict["winner"] in (pair["a"], pair["b"]) and not {pair["a"], pair["b"]} & off
+    ]
+    if any(pair["seed_spread"] is None for pair in deciding):
+        return (
+            f"better than {others} beyond chance over items. This holds for these exports: what "
+            "other seeds would change is unknown."
+        )
+    return f"better than {others} beyond chance and beyond the spread between seeds."
 
 
 def _deployment(verdict: Row, arms: Sequence[Row]) -> list[str]:
@@ -155,9 +184,13 @@ def _worth(arms: Sequence[Row], pairs: Sequence[Row], task: str) -> list[str]:
         )
     spreads = [p["seed_spread"] for p in inside if p["seed_spread"] is not None]
     if spreads:
+        counts = [len(arm["tasks"][task]["per_seed"]) for arm in arms]
+        seeds = _count(min(counts), max(counts))
         sentences.append(
-            f"Another seed alone moves an arm by up to {_number(max(spreads), metric)}, so "
-            "differences below that are not credited to the method."
+            f"Another seed alone moves an arm by up to {_number(max(spreads), metric)}, the "
+            "largest spread of any arm, so differences below that are not credited to the method. "
+            f"With {seeds} seed{'s' if seeds != '1' else ''} an arm, the spread is itself "
+            "uncertain."
         )
     else:
         sentences.append(
@@ -185,13 +218,60 @@ def _against_references(arms: Sequence[Row], references: Sequence[Row], task: st
     ]
 
 
+def _built_to(arms: Sequence[Row]) -> list[str]:
+    """Say which arm was built to which budget, where there are several to be built to."""
+    if len(arms[0]["budgets"]) < 2:
+        return []
+    groups: dict[str, list[str]] = {}
+    for arm in arms:
+        matched = arm["matched"]
+        how = f"built to {matched['budget']}" if matched["rule"] == "match" else "built to none"
+        groups.setdefault(how, []).append(arm["name"])
+    if list(groups) == ["built to none"]:
+        return ["No arm was built to a budget: each of them is a limit for every arm."]
+    texts = [f"{_list(names)} {how}" for how, names in groups.items()]
+    more = ", and so held to all of them as limits" if "built to none" in groups else ""
+    return [f"There are several budgets: {'; '.join(texts)}{more}."]
+
+
+def _over_other_budgets(verdict: Row, arms: Sequence[Row]) -> list[str]:
+    """Say by how much the leader and the arm to deploy exceed budgets they were not built to."""
+    sentences = []
+    for arm in arms:
+        own = arm["matched"]["budget"]
+        others = {name: one for name, one in arm["budgets"].items() if name != own}
+        over = _exceeded(others)
+        named = arm["name"] in (verdict["leader"], verdict["deploy"])
+        if named and over and arm["matched"]["rule"] == "match":
+            sentences.append(f"{arm['name']}, built to {own} alone, {_list(over)}.")
+    return sentences
+
+
+def _exceeded(budgets: Mapping[str, Row]) -> list[str]:
+    """Say for each budget that is not kept by how much it is exceeded."""
+    found = []
+    for name, one in budgets.items():
+        share = excess(one["axis"], one["deviation"])
+        if share > 0 and not one["within"]:
+            verb = "falls short of" if one["axis"] == "tokens_per_second" else "exceeds"
+            axis = "" if name == one["axis"] else f" ({AXIS_WORDS[one['axis']]})"
+            found.append(f"{verb} {name}{axis} by {share:.1%}")
+    return found
+
+
 def _off_budget(arms: Sequence[Row]) -> list[str]:
-    return [
-        f"{arm['name']} is {arm['matched']['deviation']:+.1%} off {arm['matched']['axis']} "
-        f"({arm['matched']['budget']}) and cannot win."
-        for arm in arms
-        if not arm["matched"]["within"]
-    ]
+    sentences = []
+    for arm in arms:
+        matched = arm["matched"]
+        if matched["within"]:
+            continue
+        if matched["rule"] == "limit":
+            why = _list(_exceeded(arm["budgets"]))
+        else:
+            axis = AXIS_WORDS[matched["axis"]]
+            why = f"is {matched['deviation']:+.1%} off {axis} ({matched['budget']})"
+        sentences.append(f"{arm['name']} {why} and cannot win.")
+    return sentences
 
 
 def _scope(arms: Sequence[Row]) -> list[str]:

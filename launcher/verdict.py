@@ -229,7 +229,11 @@ def _references(study: Study) -> References:
     from shoal.eval.inputs import References
     from shoal.launcher.study import untrained_folder
 
-    return References(token_counts(study.corpus.train), untrained_folder(study))
+    return References(
+        token_counts(study.corpus.train),
+        untrained_folder(study),
+        others={arm.name: study.exports(arm)[0] for arm in study.arms if arm.shared},
+    )
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

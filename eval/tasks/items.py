@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from shoal.configs.errors import DataError
+from shoal.data_pipeline.sources import read_lines, resolve_path
 
 
 def locate(path: str) -> Path:
@@ -18,12 +16,7 @@ def locate(path: str) -> Path:
     Raises:
         DataError: there is no such file.
     """
-    if path.startswith("{samples}"):
-        import shoal.data_pipeline as rooms
-
-        file = Path(rooms.__path__[0]) / "samples" / path.removeprefix("{samples}").lstrip("/")
-    else:
-        file = Path(path)
+    file = Path(resolve_path(path))
     if not file.is_file():
         raise DataError("no such task file", where=file)
     return file
@@ -46,7 +39,7 @@ def read_items(
         DataError: unreadable, empty, or a record is broken; names file and line.
     """
     records: list[tuple[str, dict[str, Any]]] = []
-    for number, line in enumerate(_read_lines(path), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if limit is not None and len(records) == limit:
             break
         place = f"{path}:{number}"
@@ -77,23 +70,3 @@ def _check_record(record: Any, fields: dict[str, type | tuple[type, ...]], place
             raise DataError(f"field {name!r} holds {type(value).__name__}", where=place)
         if value == "" or value == []:
             raise DataError(f"field {name!r} is empty", where=place)
-
-
-def _read_lines(path: Path) -> Iterator[bytes]:
-    import zstandard
-
-    try:
-        with path.open("rb") as raw:
-            yield from _unpack(path, raw)
-    except (OSError, EOFError, zstandard.ZstdError) as error:
-        raise DataError(f"cannot be read: {error}", where=path) from None
-
-
-def _unpack(path: Path, raw: BinaryIO) -> BinaryIO:
-    if path.suffix == ".gz":
-        return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
-    if path.suffix == ".zst":
-        import zstandard
-
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw))  # type: ignore[arg-type]
-    return raw

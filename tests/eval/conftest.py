@@ -7,9 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from shoal.configs.schema import ModelConfig
+from shoal.configs.study import BudgetConfig, TasksConfig
+from shoal.eval.compare import compare
+from shoal.eval.inputs import ArmInput, ExportInput, References, TrainingTexts
 
 CONTEXT = 64
 TEXT = (
@@ -182,3 +186,80 @@ def task_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def shapes() -> dict[str, ModelConfig]:
     """The shapes of `make_export`, by kind."""
     return CONFIGS
+
+
+def ledger_entry(kind, stage, seconds, *, scope="specialization", devices=2, flops=0.0, tokens=0):
+    return {
+        "kind": kind, "stage": stage, "scope": scope, "started": "2026-01-01T00:00:00+00:00",
+        "seconds": seconds, "devices": devices, "device_seconds": seconds * devices,
+        "device": "cpu", "tokens": tokens, "flops": flops, "note": "",
+    }  # fmt: skip
+
+
+SHARED = [ledger_entry("prepare", "corpus", 10.0, scope="generic", devices=1)]
+TEACHER = ledger_entry("train", "teacher", 100.0, scope="generic", flops=5e9, tokens=5000)
+
+
+def records(seed):
+    train = [
+        {"kind": "train", "step": i, "tokens": 1000 * i, "loss": 6 - 0.01 * i + seed}
+        for i in range(1, 301)
+    ]
+    checks = [
+        {"kind": "validation", "step": i, "tokens": 1000 * i, "loss": 5.0, "bits_per_byte": 2.0}
+        for i in (100, 200, 300)
+    ]
+    return train + checks
+
+
+def ledger(name, extra=()):
+    runs = [ledger_entry("train", f"{name}-{s}", 50.0, flops=2e9, tokens=3000) for s in (0, 1)]
+    trials = [ledger_entry("tune", f"{name}-lr{i}", 5.0, flops=1e8, tokens=100) for i in range(3)]
+    exports = [ledger_entry("export", f"{name}-{s}", 1.0, devices=1) for s in (0, 1)]
+    return [*SHARED, *extra, *runs, *trials, *exports]
+
+
+@pytest.fixture(scope="session")
+def inputs(make_export, task_files, shapes):
+    def arm(kind, extra=(), match="flops"):
+        exports = [
+            ExportInput(make_export(kind, s), s, records(s), {"config_hash": "abc", "seed": s})
+            for s in (0, 1)
+        ]
+        group = "moe" if shapes[kind].moe else "dense"
+        return ArmInput(
+            kind, group, exports, match=match, model=shapes[kind], equal_on="tokens",
+            ledger=ledger(kind, extra),
+        )  # fmt: skip
+
+    arms = [arm("llama"), arm("mixtral", match="bytes"), arm("qwen3", extra=[TEACHER])]
+    budgets = {
+        "flops": BudgetConfig(
+            axis="active_flops_per_token", target=50_000, tolerance=0.5, context=64
+        ),
+        "bytes": BudgetConfig(axis="resident_bytes", target=60_000, tolerance=0.5, context=64),
+        "speed": BudgetConfig(axis="latency_ms", target=5.0, tolerance=0.9, context=64),
+    }
+    tasks = TasksConfig(
+        perplexity={"text": str(task_files["documents"])},
+        brainbench=(str(task_files["brainbench"]),),
+        multiple_choice={"quiz": str(task_files["questions"])},
+    )
+    first = json.loads(task_files["documents"].read_text().splitlines()[0])["text"]
+    return {
+        "arms": arms,
+        "budgets": budgets,
+        "tasks": tasks,
+        "references": References(np.full(320, 7), make_export("llama", 9)),
+        "training_texts": TrainingTexts(lambda: ["unrelated", first], "key"),
+    }
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def report(inputs, cache):
+    return compare(**inputs, cache=cache, name="small")

@@ -132,3 +132,15 @@ def test_scoring_precision_is_what_bytes_assume():
         scoring_precision({"a": size, "b": budget("resident_bytes", 1, precision="fp32")})
     with pytest.raises(ConfigError, match="int4"):
         scoring_precision({"a": budget("resident_bytes", 1, precision="int4")})
+
+
+def test_limit_is_one_sided():
+    size = budget("resident_bytes", 1000, tolerance=0.03)
+    assert check_match(size, 100, rule="limit").within
+    assert check_match(size, 1000, rule="limit").within
+    assert not check_match(size, 1001, rule="limit").within
+    speed = budget("tokens_per_second", 1000, tolerance=0.03)
+    assert check_match(speed, 5000, rule="limit").within
+    slow = check_match(speed, 900, rule="limit")
+    assert not slow.within
+    assert slow.excess == pytest.approx(0.1)

@@ -159,3 +159,13 @@ def test_holm_can_undo_a_lone_small_p():
         ]
         == "undecided"
     )
+
+
+def test_seed_spread_of_a_third_arm_counts_for_a_pair():
+    """Two seeds of two arms say little about seeds: all arms of the task do together."""
+    a, b, wide = bits_arm("a", [0, 0.1]), bits_arm("bb", [2, 2.1]), bits_arm("ccc", [0, 8])
+    assert compare_pairs(BitsTask, [a, b])[0]["outcome"] == "a"
+    row = compare_pairs(BitsTask, [a, b, wide])[0]
+    assert (row["a"], row["b"]) == ("a", "bb")
+    assert row["seed_spread"] == pytest.approx(0.08)
+    assert row["outcome"] == "undecided"

@@ -72,6 +72,12 @@ def test_empty_and_torn_files_are_named(tmp_path):
     torn.write_bytes(gzip.compress(b'{"text": "a"}\n' * 100)[:-9])
     with pytest.raises(DataError, match="cannot be read"):
         read_items(torn, {"text": str})
+    corrupt = tmp_path / "corrupt.jsonl.gz"
+    packed = bytearray(gzip.compress(np.random.default_rng(0).bytes(400).hex().encode()))
+    packed[20:40] = b"\xff" * 20
+    corrupt.write_bytes(packed)
+    with pytest.raises(DataError, match=r"cannot be read.*corrupt|corrupt.*cannot be read"):
+        read_items(corrupt, {"text": str})
     torn = tmp_path / "torn.jsonl.zst"
     torn.write_bytes(b"not zstandard")
     with pytest.raises(DataError, match="cannot be read"):
@@ -168,3 +174,13 @@ def test_calibration_bins_by_rank():
     assert found["bins"][0]["confidence"] == pytest.approx(4.5)
     assert found["slope"] > 1
     assert calibrate([1.0, 0.0], [0.1, 0.2])["slope"] is None
+
+
+def test_archive_cut_at_the_end_of_a_line_is_no_shorter_test_set(tmp_path):
+    packer = zstandard.ZstdCompressor().compressobj()
+    whole_lines = packer.compress(b'{"text": "a"}\n' * 3)
+    whole_lines += packer.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)  # the frame is not ended
+    file = tmp_path / "cut.jsonl.zst"
+    file.write_bytes(whole_lines)
+    with pytest.raises(DataError, match="cut short"):
+        read_items(file, {"text": str})

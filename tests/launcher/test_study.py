@@ -250,7 +250,11 @@ def test_a_study_ends_in_a_report_of_all_arms(done: tuple[Path, str]) -> None:
     check_report(report)
     assert [arm["name"] for arm in report["arms"]] == ["dense", "moe", "distilled"]
     assert all(arm["matched"]["within"] for arm in report["arms"])
-    assert {row["name"] for row in report["references"]} == {"unigram", "untrained"}
+    assert {row["name"] for row in report["references"]} == {
+        "unigram",
+        "untrained",
+        "teacher",
+    }
     assert set(report["arms"][0]["tasks"]) == {"domain", "brainbench", "topic"}
     assert len(report["pairs"]) == 9
     for arm in report["arms"]:
