@@ -14,14 +14,6 @@ from shoal.eval.candidate import Candidate, ShapeFacts
 from shoal.eval.latency import Latency
 from shoal.trainer.cost import flops_per_token, kv_bytes_per_token, resident_bytes
 
-UNITS = {
-    "active_flops_per_token": "FLOPs",
-    "resident_bytes": "bytes",
-    "kv_bytes_per_token": "bytes",
-    "latency_ms": "ms",
-    "tokens_per_second": "tokens/s",
-}
-
 
 @dataclass(frozen=True)
 class Measured:

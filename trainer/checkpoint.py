@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from shoal.configs.errors import DataError
 from shoal.trainer.engine import STATES, Engine
+from shoal.trainer.storage import digest, sync
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -269,18 +269,3 @@ def remove_old(root: Path, keep: int, newest: int) -> None:
         folder.rename(doomed)
     for leftover in root.glob(".partial-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-def digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Force a file or folder to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

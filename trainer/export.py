@@ -23,6 +23,7 @@ from shoal.kernels.backend import Kernels
 from shoal.trainer.card import render_card
 from shoal.trainer.formats import export_config, export_tensors, import_config, import_tensors
 from shoal.trainer.model import Transformer
+from shoal.trainer.storage import sync
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -130,20 +131,12 @@ def _write_json(file: Path, tree: Mapping[str, Any]) -> None:
 
 def _publish(aside: Path, out: Path) -> None:
     for path in (*aside.iterdir(), aside):
-        _sync(path)
+        sync(path)
     try:
         aside.rename(out)
     except OSError:
         raise ConfigError("appeared while the export was being written", where=out) from None
-    _sync(out.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(out.parent)
 
 
 @torch.no_grad()

@@ -70,6 +70,8 @@ def train(
 ) -> float | None:
     """Train from the newest whole checkpoint to the last step; return the last validation loss.
 
+    None where there was nothing left to do, or nothing to validate on.
+
     `position` identifies the data (hashes and weights of the shards, as JSON values); it is stored
     with every checkpoint, and a checkpoint of other data is refused.
 
