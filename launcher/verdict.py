@@ -138,9 +138,8 @@ def verdict_table(report: Mapping[str, Any]) -> Table:
     # Narrow enough for 80 columns; everything else is in the report.
     table = Table(title=f"{report['study']['name']}: {task}", title_justify="left", box=SIMPLE)
     table.add_column("arm", no_wrap=True)
-    words = (metric.replace("_", " "), "95% interval", "FLOPs/token", "resident", "decode",
-             "off budget")  # fmt: skip
-    for word in words:
+    short = {"bits_per_byte": "bits/byte"}.get(metric, metric)
+    for word in (short, "95% interval", "FLOPs/token", "resident", "decode"):
         table.add_column(word, justify="right", no_wrap=True)
     for arm in sorted(report["arms"], key=lambda arm: sign * arm["tasks"][task]["value"]):
         scores, cost = arm["tasks"][task], arm["inference"]
@@ -152,7 +151,6 @@ def verdict_table(report: Mapping[str, Any]) -> Table:
             format_si(cost["flops_per_token"]),
             format_si(cost["bytes_resident"], "B"),
             f"{cost['latency_ms']['decode']['median']:.1f} ms",
-            f"{arm['matched']['deviation']:+.1%}",
         )
     for row in report["references"]:
         table.add_row(
