@@ -126,7 +126,6 @@ def show_verdict(report: Mapping[str, Any], folder: Path, console: Console) -> N
 
 def verdict_table(report: Mapping[str, Any]) -> Table:
     """Return one line an arm, best first, then the reference rows."""
-    from rich.box import SIMPLE
     from rich.table import Table
 
     from shoal.eval.report import format_score, format_si
@@ -136,7 +135,7 @@ def verdict_table(report: Mapping[str, Any]) -> Table:
     if report["arms"][0]["tasks"][task]["higher_is_better"]:
         sign = -1
     # Narrow enough for 80 columns; everything else is in the report.
-    table = Table(title=f"{report['study']['name']}: {task}", title_justify="left", box=SIMPLE)
+    table = Table(title=f"{report['study']['name']}: {task}", title_justify="left", box=None)
     table.add_column("arm", no_wrap=True)
     short = {"bits_per_byte": "bits/byte"}.get(metric, metric)
     for word in (short, "95% interval", "FLOPs/token", "resident", "decode"):
