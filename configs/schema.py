@@ -16,6 +16,9 @@ ShareBelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1)]
 
 
+EXPERT_MULTIPLE = 8
+
+
 class Section(BaseModel):
     """Base of every section: frozen, no unknown keys, finite numbers, defaults checked too."""
 
@@ -86,6 +89,12 @@ class ModelConfig(Section):
             self._check_gpt2()
         elif self.head_size % 2:
             raise ValueError(f"head_dim {self.head_size} is odd; rotary positions need pairs")
+        if self.moe and (self.width % EXPERT_MULTIPLE or self.feed_forward % EXPERT_MULTIPLE):
+            raise ValueError(
+                f"width {self.width} and expert width {self.feed_forward} must be multiples of "
+                f"{EXPERT_MULTIPLE}: transformers runs experts through grouped_mm, which asks for "
+                "rows of whole 16 bytes, in bf16 too"
+            )
         if self.moe and not self.qk_norm and not self.moe.normalize_gates:
             raise ValueError(
                 "moe.normalize_gates=false needs qk_norm=true: Mixtral always normalises its "

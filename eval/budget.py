@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from shoal.configs.errors import ConfigError
-from shoal.configs.schema import ModelConfig
+from shoal.configs.schema import EXPERT_MULTIPLE, ModelConfig
 from shoal.configs.study import SOLVED_AXES, BudgetConfig, MatchConfig
 from shoal.eval.candidate import Candidate, ShapeFacts
 from shoal.eval.latency import Latency
@@ -164,10 +164,13 @@ def solve_shape(template: ModelConfig, budget: BudgetConfig, match: MatchConfig)
     Raises:
         ConfigError: no shape is within tolerance; names the nearest.
     """
+    step = match.hidden_multiple
+    if template.moe:
+        step = math.lcm(step, EXPERT_MULTIPLE)
     shapes = [
         shape
         for width in match.widths or (template.width,)
-        for shape in _shapes_of_width(template, width, budget, match.hidden_multiple)
+        for shape in _shapes_of_width(template, width, budget, step)
     ]
     if not shapes:
         raise ConfigError(

@@ -90,7 +90,7 @@ def permutation_p(differences: Sequence[float]) -> float:
 
     given = np.asarray(differences, dtype=np.float64)
     given = given[given != 0]  # a zero stays zero whichever way it is flipped
-    if len(given) == 0:
+    if len(given) < 2:  # one alone is as far from zero flipped as not
         return 1.0
     result = permutation_test(
         (given,),

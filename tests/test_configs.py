@@ -234,3 +234,11 @@ def test_configs_import_without_torch_and_numpy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("change", [{"width": 68}, {"moe": {"num_experts": 4, "hidden": 20}}])
+def test_experts_that_grouped_mm_cannot_multiply_are_refused(change: dict) -> None:
+    shape = {"width": 64, "num_heads": 2, "moe": {"num_experts": 4, "hidden": 24}}
+    ModelConfig.model_validate(shape)
+    with pytest.raises(ValueError, match="must be multiples of 8"):
+        ModelConfig.model_validate(shape | change)

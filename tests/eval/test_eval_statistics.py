@@ -169,3 +169,8 @@ def test_seed_spread_of_a_third_arm_counts_for_a_pair():
     assert (row["a"], row["b"]) == ("a", "bb")
     assert row["seed_spread"] == pytest.approx(0.08)
     assert row["outcome"] == "undecided"
+
+
+def test_a_single_difference_decides_nothing() -> None:
+    assert statistics.permutation_p([0.0, 0.0, 1.0]) == 1.0
+    assert statistics.permutation_p([0.0, 0.0]) == 1.0

@@ -38,13 +38,13 @@ STUDY: dict[str, Any] = {
     },
     "budgets": {
         "work": {"axis": "active_flops_per_token", "target": 85_000, "context": 64},
-        "memory": {"axis": "resident_bytes", "target": 70_000, "context": 64},
+        "memory": {"axis": "resident_bytes", "target": 87_000, "context": 64},
     },
     "support": {"teacher": {"run": {"model": {"width": 48, "hidden": 96}}}},
     "arms": {
         "dense": {"match": {"budget": "work", "hidden_multiple": 4}},
         "moe": {"run": {"model": MOE},
-                "match": {"budget": "memory", "hidden_multiple": 1}},
+                "match": {"budget": "memory"}},
         "distilled": {"teacher": "teacher",
                       "match": {"budget": "work", "hidden_multiple": 4}},
     },
@@ -62,7 +62,7 @@ SMALL_CORPUS = {
     "name": "small",
     "output": "data/small",
     "train": [{"path": "{samples}/domain_train.jsonl.gz", "max_bytes": 300_000}],
-    "validation": [{"path": "{samples}/domain_validation.jsonl.gz", "max_bytes": 30_000}],
+    "validation": [{"path": "{samples}/domain_validation.jsonl.gz", "max_bytes": 60_000}],
     "tokenizer": {"vocab_size": 500},
     "context": 64,
 }
@@ -85,7 +85,7 @@ def test_shapes_meet_their_budgets_on_their_axis() -> None:
     work = flops_per_token(arms["dense"].model, 64).total
     memory = resident_bytes(arms["moe"].model, "bf16")
     assert work == pytest.approx(85_000, rel=0.03)
-    assert memory == pytest.approx(70_000, rel=0.03)
+    assert memory == pytest.approx(87_000, rel=0.03)
     assert arms["dense"].model.vocab_size == 512, "the tokenizer's 500, rounded up"
     assert arms["teacher"].shared
     assert not arms["dense"].shared
@@ -219,7 +219,7 @@ def test_shipped_studies_are_valid() -> None:
 
 def make_folder(folder: Path, **changes: Any) -> Path:
     (folder / "corpus.yaml").write_text(yaml.safe_dump(SMALL_CORPUS))
-    (folder / "study.yaml").write_text(yaml.safe_dump(STUDY | changes))
+    (folder / "study.yaml").write_text(yaml.safe_dump(STUDY | changes, sort_keys=False))
     return folder
 
 

@@ -15,7 +15,7 @@ SMALL = {"vocab_size": 97, "context": 24, "num_layers": 3, "width": 48, "num_hea
 
 
 def routed(experts, active, **more):
-    return MoEConfig(num_experts=experts, active_experts=active, hidden=20, **more)
+    return MoEConfig(num_experts=experts, active_experts=active, hidden=24, **more)
 
 
 SHAPES = {

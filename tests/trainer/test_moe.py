@@ -15,7 +15,7 @@ BACKENDS = ("loop", "grouped_mm")
 
 
 def make_config(experts, active, **more):
-    moe = MoEConfig(num_experts=experts, active_experts=active, hidden=20, **more)
+    moe = MoEConfig(num_experts=experts, active_experts=active, hidden=24, **more)
     return ModelConfig(moe=moe, qk_norm=True, init_std=0.2, **SHAPE)
 
 
