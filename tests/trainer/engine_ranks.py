@@ -36,7 +36,7 @@ FLOPS_PER_TOKEN = 100.0
 
 def shape(kind: str) -> ModelConfig:
     """Return a model of which no matrix, gain or bias divides evenly over 3 ranks."""
-    hidden = {"moe": 20, "wide moe": 24}.get(kind)
+    hidden = {"moe": 24, "wide moe": 32}.get(kind)
     moe = MoEConfig(num_experts=4, active_experts=2, hidden=hidden) if hidden else None
     return ModelConfig(
         family="gpt2" if kind == "gpt2" else "llama",
