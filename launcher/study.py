@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -210,10 +210,3 @@ def untrained_folder(study: Study) -> Path:
     """Return where the untrained reference export is."""
     first = study.runs(next(arm for arm in study.arms if not arm.shared))[0]
     return study.planner.output / f"untrained-{first.name}"
-
-
-def training_documents(study: Study) -> Iterator[str]:
-    """Yield the texts that the study's training shards were made of."""
-    from shoal.data_pipeline.shards import training_texts
-
-    return training_texts(study.prepare)

@@ -27,11 +27,11 @@ LEDGER = "ledger.jsonl"
 
 def write_study_report(study: Study) -> Path:
     """Measure, score and compare all arms of a finished study; write and show the report."""
+    from shoal.data_pipeline.shards import training_texts
     from shoal.eval.inputs import TrainingTexts
-    from shoal.launcher.study import training_documents
 
     config = study.config
-    texts = TrainingTexts(lambda: training_documents(study), study.corpus.shards_hash)
+    texts = TrainingTexts(lambda: training_texts(study.prepare), study.corpus.shards_hash)
     return report_arms(
         [_arm_input(study, arm) for arm in study.arms if not arm.shared],
         config.budgets,
