@@ -1,7 +1,8 @@
 # One way in for people and machines: every target installs what it needs first.
 #   make demo     sample corpus -> tokenizer -> shards -> models -> report
 #   make test     contracts and tests; ends in pytest's closing line
-#   make check    lint, format, contracts, types
+#   make lint     contracts, style, types; no tests
+#   make check    all of it: lint, then the tests
 #   make bench    every benchmark, in its quick form
 #   make install  only the environment, in .venv
 #   make clean    remove what builds and tools left (not .venv, runs, reports or data)
@@ -24,7 +25,7 @@ BENCHMARKS := data speed
 # Anything that decides what is installed; a change installs again.
 STAMP := $(VENV)/.installed-$(shell cat setup.cfg pyproject.toml overrides.txt constraints.txt Makefile | cksum | cut -d ' ' -f 1)
 
-.PHONY: help install demo test check contracts bench clean
+.PHONY: help install demo test lint check contracts bench clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -37,10 +38,12 @@ demo: $(STAMP)
 test: contracts
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
-check: contracts
+lint: contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	MYPYPATH=$(LINKS) $(BIN)/mypy -p shoal
+
+check: lint test
 
 contracts: $(STAMP) $(LINKS)
 	@PYTHONPATH=$(LINKS) $(BIN)/lint-imports
