@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-IGNORE = -100
-"""Target of a position that is not scored."""
+from shoal.data_pipeline.packing import IGNORE
+
+__all__ = ["IGNORE", "PADDING_ROW", "Batch"]
 
 PADDING_ROW = -1
 """Row number of a row that only fills up a batch."""

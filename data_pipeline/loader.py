@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from shoal.configs.errors import ConfigError, DataError
+from shoal.configs.errors import ConfigError
 from shoal.data_pipeline.batch import IGNORE, PADDING_ROW, Batch
 from shoal.data_pipeline.mixture import Mixture, permute
 from shoal.data_pipeline.packing import find_targets
-from shoal.data_pipeline.rows import Rows
+from shoal.data_pipeline.rows import Rows, check_alike
 
 
 class Loader:
@@ -48,7 +48,7 @@ class Loader:
     ) -> None:
         if not streams:
             raise ConfigError("there is nothing to read", where="data.train")
-        _check_alike([rows for rows, _ in streams])
+        check_alike([rows for rows, _ in streams])
         self.streams = [rows for rows, _ in streams]
         self.seed = seed
         self.batch_rows = batch_rows
@@ -198,21 +198,3 @@ class _ValidationBatches(Sequence[Batch]):
         tokens[real], segments[real] = self._rows.gather(numbers[real])
         eot = self._rows.manifest.eot_id
         return make_batch(tokens, segments, numbers, eot, self._document_mask)
-
-
-def _check_alike(streams: list[Rows]) -> None:
-    """Refuse streams whose ids or row lengths differ."""
-    first = streams[0].manifest
-    for rows in streams[1:]:
-        if rows.manifest.tokenizer_fingerprint != first.tokenizer_fingerprint:
-            raise DataError(
-                "was written with another tokenizer than the first stream",
-                where=rows.folder,
-                fix="prepare both with one tokenizer (tokenizer.path=FOLDER)",
-            )
-        if rows.manifest.context != first.context:
-            raise DataError(
-                f"has rows of {rows.manifest.context} tokens, the first stream of {first.context}",
-                where=rows.folder,
-                fix="prepare both with one context",
-            )

@@ -17,6 +17,8 @@ MANIFEST = "manifest.json"
 INDEX = "index.json"
 COUNTS = "counts.npy"
 DROPPED = "dropped.jsonl"
+TOKENIZER = "tokenizer"
+"""The folder beside the splits."""
 
 _REMAKE = "prepare the corpus again, or take the folder from a good copy"
 
@@ -73,6 +75,9 @@ class Manifest(_Facts):
     documents: int
     context: int
     tokenizer_fingerprint: str
+    tokenizer_files: dict[str, str] = {}
+    """SHA-256 of the files of the tokenizer's folder as prepared. Loading a tokenizer takes most of
+    a second, so one whose files are these is taken for the one of the fingerprint."""
     vocab_size: int
     eot_id: int
     dtype: Literal["uint16", "uint32"]
@@ -152,7 +157,8 @@ def verify(folder: str | Path) -> Manifest:
         The manifest, now proven.
 
     Raises:
-        DataError: names the first file that is missing, cut, altered, or not listed.
+        DataError: names the first file that is missing, cut, altered, or not listed, or the
+            tokenizer beside the shards where it is another one.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -173,6 +179,7 @@ def verify(folder: str | Path) -> Manifest:
         manifest.shards_hash
     ):
         raise DataError("its counts do not agree with its shards", where=folder / MANIFEST)
+    check_tokenizer(folder, manifest)
     return manifest
 
 
@@ -196,38 +203,49 @@ def check_shard(folder: Path, shard: ShardFacts) -> None:
 
 
 def check_context(manifest: Manifest, context: int) -> None:
-    """Check that a model of this context fits the rows.
+    """Check that the rows are of the model's context, neither longer nor shorter.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: they are not.
     """
-    if context > manifest.context:
+    if context != manifest.context:
         raise ConfigError(
-            f"context {context} is longer than the rows, which hold {manifest.context} tokens",
+            f"context {context} does not fit the rows, which hold {manifest.context} tokens",
             where="model.context",
-            fix=f"prepare the corpus with context={context}, "
-            f"or set model.context={manifest.context}",
-        )
-    if context < manifest.context:
-        raise ConfigError(
-            f"context {context} is shorter than the rows, which hold {manifest.context} tokens",
-            where="model.context",
-            fix=f"set model.context={manifest.context}, or prepare with context={context}",
+            fix=f"set model.context={manifest.context}, "
+            f"or prepare the corpus with context={context}",
         )
 
 
-def check_tokenizer(manifest: Manifest, tokenizer: Tokenizer) -> None:
-    """Check that ids mean the same to a tokenizer as to the shards.
+def tokenizer_beside(folder: Path) -> Path:
+    """Return where the tokenizer of a split lies; the split may be given as `.` or by a link."""
+    return folder.resolve().parent / TOKENIZER
+
+
+def check_tokenizer(folder: Path, manifest: Manifest) -> None:
+    """Check that the tokenizer beside a split is the one its rows were written with.
 
     Raises:
-        DataError: they do not.
+        DataError: it is missing, broken, or another one; names its folder.
     """
-    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
-        raise DataError(
+    beside = tokenizer_beside(folder)
+    files = {file.name: hash_file(file) for file in beside.glob("*") if file.is_file()}
+    if files and files == manifest.tokenizer_files:
+        return
+    # Files were added or saved anew, or the shards are older than the note of them: ids decide.
+    try:
+        found = Tokenizer.load(beside).fingerprint
+    except DataError as error:
+        cause = f"the tokenizer of the shards cannot be loaded: {error.cause}"
+    else:
+        if found == manifest.tokenizer_fingerprint:
+            return
+        cause = (
             f"the tokenizer is not the one the shards were written with (fingerprint "
-            f"{tokenizer.fingerprint[:12]}, the shards have {manifest.tokenizer_fingerprint[:12]})",
-            fix="use the tokenizer folder beside the shards, or prepare the corpus with this one",
+            f"{found[:12]}, the shards have {manifest.tokenizer_fingerprint[:12]})"
         )
+    fix = "put the tokenizer of the shards back, or remove the corpus and prepare it again"
+    raise DataError(cause, where=beside, fix=fix)
 
 
 def token_counts(folder: str | Path) -> np.ndarray:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-IGNORED_TARGET = -100
+IGNORE = -100
+"""Target of a position that is not scored."""
 
 
 @dataclass(frozen=True)
@@ -107,5 +108,5 @@ def find_targets(tokens: np.ndarray, eot: int) -> np.ndarray:
         (rows, context) int64.
     """
     targets = tokens[:, 1:].copy()
-    targets[(tokens[:, :-1] == eot) & (targets == eot)] = IGNORED_TARGET
+    targets[(tokens[:, :-1] == eot) & (targets == eot)] = IGNORE
     return targets

@@ -16,6 +16,7 @@ from shoal.data_pipeline.manifest import (
     COUNTS,
     DROPPED,
     INDEX,
+    TOKENIZER,
     DroppedFacts,
     Manifest,
     ShardFacts,
@@ -137,8 +138,12 @@ def make_manifest(
     entries: list[dict[str, Any]],
     folder: Path,
 ) -> Manifest:
-    """State what a split holds; its other files lie in `folder`, its shards are `entries`."""
+    """State what a split holds.
+
+    Its other files lie in `folder`, the tokenizer beside that; its shards are `entries`.
+    """
     shards = tuple(_shard_facts(entry) for entry in entries)
+    beside = folder.parent / TOKENIZER
     domains = sum((read.domains for read in split.sources), Counter[str]())
     return Manifest(
         prepare_key=origin.key,
@@ -148,6 +153,7 @@ def make_manifest(
         documents=split.documents,
         context=plan.context,
         tokenizer_fingerprint=tokenizer.fingerprint,
+        tokenizer_files={f.name: hash_file(f) for f in sorted(beside.iterdir())},
         vocab_size=tokenizer.vocab_size,
         eot_id=tokenizer.eot_id,
         dtype=cast(Literal["uint16", "uint32"], token_type(tokenizer.vocab_size).name),

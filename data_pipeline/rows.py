@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import mmap
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
 from shoal.configs.errors import DataError
-from shoal.data_pipeline.manifest import Manifest, ShardFacts, check_shard, read_manifest
+from shoal.data_pipeline.manifest import (
+    Manifest,
+    ShardFacts,
+    check_shard,
+    check_tokenizer,
+    read_manifest,
+    tokenizer_beside,
+)
 from shoal.data_pipeline.packing import find_segments
 
 
@@ -32,12 +40,15 @@ class Rows:
 
     @classmethod
     def open(cls, folder: str | Path) -> Rows:
-        """Open a folder of shards; reads its manifest alone.
+        """Open a folder of shards; reads its manifest and the tokenizer's files, no shard.
 
         Raises:
-            DataError: no shards there, or the manifest was altered.
+            DataError: no shards there, the manifest was altered, or the tokenizer beside the
+                shards is not theirs.
         """
-        return cls(Path(folder), read_manifest(folder))
+        manifest = read_manifest(folder)
+        check_tokenizer(Path(folder), manifest)
+        return cls(Path(folder), manifest)
 
     def __len__(self) -> int:
         return self.manifest.rows
@@ -45,7 +56,7 @@ class Rows:
     @property
     def tokenizer_folder(self) -> Path:
         """The tokenizer the rows were written with."""
-        return self.folder.parent / "tokenizer"
+        return tokenizer_beside(self.folder)
 
     def gather(self, row_numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return rows by number, in the order asked for.
@@ -112,3 +123,25 @@ class Rows:
             raise DataError("shard has rows of another size than its manifest says", where=where)
         rows = np.frombuffer(data, np.uint8, count * self._row_bytes, int(offsets[0]))
         return rows.reshape(count, self._row_bytes)
+
+
+def check_alike(streams: Sequence[Rows]) -> None:
+    """Check that rows can be read by one model: the same ids, the same length.
+
+    Raises:
+        DataError: they cannot; names the first split that differs from the first one.
+    """
+    first = streams[0].manifest
+    for rows in streams[1:]:
+        if rows.manifest.tokenizer_fingerprint != first.tokenizer_fingerprint:
+            raise DataError(
+                "was written with another tokenizer than the first stream",
+                where=rows.folder,
+                fix="prepare both with one tokenizer (tokenizer.path=FOLDER)",
+            )
+        if rows.manifest.context != first.context:
+            raise DataError(
+                f"has rows of {rows.manifest.context} tokens, the first stream of {first.context}",
+                where=rows.folder,
+                fix="prepare both with one context",
+            )

@@ -7,7 +7,6 @@ verified and renamed into place in one step, so that shards are either absent or
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -22,13 +21,14 @@ from typing import Any
 import numpy as np
 
 from shoal.configs.corpus import PrepareConfig
-from shoal.configs.errors import ConfigError, DataError, PreflightError
+from shoal.configs.errors import ConfigError, DataError
 from shoal.data_pipeline.layout import ShardPlan, open_layout, open_tokens, plan_split
 from shoal.data_pipeline.manifest import (
     COUNTS,
     DROPPED,
     INDEX,
     MANIFEST,
+    TOKENIZER,
     Manifest,
     check_context,
     check_tokenizer,
@@ -47,7 +47,7 @@ from shoal.data_pipeline.provenance import (
     settled_config,
     stored_file,
 )
-from shoal.data_pipeline.rows import Rows
+from shoal.data_pipeline.rows import Rows, check_alike
 from shoal.data_pipeline.sources import DroppedLog, resolve_path
 from shoal.data_pipeline.tokenizer import Tokenizer
 from shoal.data_pipeline.tokens import (
@@ -65,8 +65,8 @@ __all__ = [
     "Manifest",
     "Prepared",
     "Rows",
+    "check_alike",
     "check_context",
-    "check_tokenizer",
     "prepare",
     "read_manifest",
     "token_counts",
@@ -74,7 +74,7 @@ __all__ = [
     "verify",
 ]
 
-TOKENIZER, TRAIN, VALIDATION = "tokenizer", "train", "validation"
+TRAIN, VALIDATION = "train", "validation"
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,8 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Prepared
     Raises:
         DataError: sources missing, empty or broken beyond `max_dropped_share`.
         ConfigError: the output folder holds something else.
-        PreflightError: the disk is full, or a worker was killed.
+        PreflightError: a worker was killed.
+        OSError: the disk is full; names `output`. What is done is kept.
     """
     report = progress or _silent
     output = Path(config.output)
@@ -109,7 +110,7 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Prepared
     if _is_done(config, output, key):
         return _prepared(config, output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with _hold_lock(output, report), _name_full_disk(output):
+    with _hold_lock(output, report), _name_output(output):
         if not _is_done(config, output, key):
             work = output.parent / f".partial-{output.name}-{key[:16]}"
             _remove_stale(output, work)
@@ -156,7 +157,10 @@ def _is_done(config: PrepareConfig, output: Path, key: str) -> bool:
 
 
 def _check_complete(config: PrepareConfig, output: Path) -> None:
-    """Refuse a corpus of which a folder was removed: preparing again would not bring it back."""
+    """Refuse a corpus with a folder removed or its tokenizer replaced.
+
+    Preparing again would find it done and not bring them back.
+    """
     prepared = _prepared(config, output)
     for folder in (prepared.tokenizer, prepared.train, prepared.validation):
         if folder is not None and not folder.is_dir():
@@ -165,6 +169,7 @@ def _check_complete(config: PrepareConfig, output: Path) -> None:
                 where=folder,
                 fix=f"remove the rest and prepare it again: rm -r {output}",
             )
+    check_tokenizer(prepared.train, read_manifest(prepared.train))
 
 
 @contextlib.contextmanager
@@ -180,17 +185,14 @@ def _hold_lock(output: Path, progress: Progress) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _name_full_disk(output: Path) -> Iterator[None]:
+def _name_output(output: Path) -> Iterator[None]:
+    """Name the output in system errors that name no file, as a write to a full disk does."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise PreflightError(
-            "the disk is full",
-            where=output.parent,
-            fix="make room and run the same command again: what is done is kept",
-        ) from None
+        if error.errno is not None and error.filename is None:
+            error.filename = str(output)
+        raise
 
 
 def _remove_stale(output: Path, work: Path) -> None:

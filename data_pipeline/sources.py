@@ -6,16 +6,14 @@ all, or a corpus that holds nothing, stops everything.
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from shoal.configs.corpus import SourceConfig
 from shoal.configs.errors import DataError
@@ -24,7 +22,7 @@ SAMPLES = "{samples}"
 
 _TEXT = (".txt", ".md", ".text")
 _LINES = (".jsonl", ".ndjson", ".json")
-_PACKED = (".gz", ".zst")
+_PACKED = {".gz": "gzip", ".zst": "zstd"}
 _FORMATS = {".parquet": "parquet", **dict.fromkeys(_LINES, "jsonl"), **dict.fromkeys(_TEXT, "text")}
 EXAMPLES = 20
 """Broken records that messages and manifests show; the whole list is in dropped.jsonl."""
@@ -216,7 +214,7 @@ def _make_document(
 
 
 def _read_jsonl(file: SourceFile, dropped: DroppedLog) -> Iterator[Record]:
-    for number, line in enumerate(_read_lines(file), 1):
+    for number, line in enumerate(read_lines(file.path), 1):
         place = f"{file.name}:{number}"
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
@@ -237,72 +235,24 @@ def _read_jsonl(file: SourceFile, dropped: DroppedLog) -> Iterator[Record]:
 
 
 def read_lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines of any file, unpacked by its suffix.
+    """Yield the lines of any file, unpacked by its suffix; an archive may have several parts.
 
     Raises:
-        DataError: it cannot be read to its end.
+        DataError: it cannot be read to its end; also an archive that is damaged or cut short.
     """
-    return _read_lines(SourceFile(path, path.name, "jsonl"))
-
-
-def _read_lines(file: SourceFile) -> Iterator[bytes]:
-    """Yield the lines of a file, unpacked; a torn archive is an error, not an early end."""
-    import zstandard
-
+    kind = _PACKED.get(path.suffix.lower())
     try:
-        with file.path.open("rb") as raw:
-            yield from _unpack(file.path, raw)
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-        raise DataError(f"cannot be read: {error}", where=file.path) from None
+        with path.open("rb") as raw:
+            yield from _unpack(raw, kind) if kind else raw
+    except OSError as error:
+        damage = "" if error.errno else "damaged or cut short: "  # pyarrow gives no number
+        raise DataError(f"cannot be read: {damage}{error}", where=path) from None
 
 
-def _unpack(path: Path, raw: BinaryIO) -> BinaryIO:
-    if path.suffix.lower() == ".gz":
-        return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
-    if path.suffix.lower() == ".zst":
-        return cast(BinaryIO, io.BufferedReader(_ZstdFile(raw), buffer_size=1 << 20))
-    return raw
+def _unpack(raw: BinaryIO, kind: str) -> BinaryIO:
+    import pyarrow
 
-
-class _ZstdFile(io.RawIOBase):
-    """Zstandard frames one after another; a frame cut short is an error.
-
-    The library's own stream ends quietly where the file was cut.
-    """
-
-    def __init__(self, raw: BinaryIO) -> None:
-        import zstandard
-
-        self._raw = raw
-        self._library = zstandard.ZstdDecompressor()
-        self._frame: Any = None
-        self._ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            data = self._raw.read(1 << 18)
-            if not data:
-                if self._frame is not None:
-                    raise EOFError("the last Zstandard frame is cut short")
-                return 0
-            self._ready = memoryview(b"".join(self._expand(data)))
-        size = min(len(buffer), len(self._ready))
-        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
-        return size
-
-    def _expand(self, data: bytes) -> Iterator[bytes]:
-        while data:
-            if self._frame is None:
-                self._frame = self._library.decompressobj()
-            yield self._frame.decompress(data)
-            data = self._frame.unused_data
-            if self._frame.eof:
-                self._frame = None
-            else:
-                return
+    return io.BufferedReader(pyarrow.CompressedInputStream(raw, kind), buffer_size=1 << 20)
 
 
 def _read_parquet(file: SourceFile, source: SourceConfig, dropped: DroppedLog) -> Iterator[Record]:
@@ -345,7 +295,7 @@ def _to_records(batch: Any) -> list[dict[str, Any] | None]:
 
 def _read_text(file: SourceFile, source: SourceConfig, dropped: DroppedLog) -> Iterator[Record]:
     """Yield a whole file as one document, named by its path."""
-    data = b"".join(_read_lines(file))
+    data = b"".join(read_lines(file.path))
     try:
         yield file.name, {source.id_key: file.name, source.text_key: data.decode("utf-8-sig")}
     except UnicodeDecodeError:

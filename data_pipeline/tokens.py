@@ -219,7 +219,11 @@ def save_array(file: Path, array: np.ndarray) -> None:
     """Write an array so that the file is either absent or whole."""
     aside = file.with_name(f".{file.name}.{os.getpid()}")
     with aside.open("wb") as stream:
-        np.save(stream, array, allow_pickle=False)
+        # Not np.save: on a full disk its error has no number that tells so.
+        np.lib.format.write_array_header_1_0(
+            stream, np.lib.format.header_data_from_array_1_0(array)
+        )
+        stream.write(np.ascontiguousarray(array).data)
         stream.flush()
         os.fsync(stream.fileno())
     aside.rename(file)

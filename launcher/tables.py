@@ -14,8 +14,6 @@ from shoal.configs.errors import ConfigError, DataError, ShoalError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from shoal.configs.study import TasksConfig
-
 Progress = Callable[[str, int, int | None], None]
 
 
@@ -63,19 +61,31 @@ def _print_starts(console: Any) -> Progress:
 
 
 def facts_table(title: str, facts: Mapping[str, object]) -> Table:
-    """Return name and value in two columns."""
+    """Return name and value in two columns, as they are: brackets in a path are no markup."""
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = Table(title=escape(title), title_justify="left", show_header=False)
     for name, value in facts.items():
-        table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
+        table.add_row(escape(name), escape(f"{value:,}" if isinstance(value, int) else str(value)))
     return table
 
 
 def runs_table(folder: Path) -> Table:
-    """Return one line for every run under `folder`."""
+    """Return one line for every run under `folder`.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
     from rich.table import Table
 
+    if not folder.is_dir():
+        raise ConfigError(
+            "no such folder",
+            where=folder,
+            fix="name the folder that holds runs: shoal runs FOLDER; training makes the one "
+            "named runs",
+        )
     table = Table(title=f"runs in {folder}", title_justify="left")
     for column in ("run", "step", "of", "loss", "validation", "checkpoint", "last written"):
         table.add_column(column, justify="left" if column == "run" else "right")
@@ -221,7 +231,12 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 
 def shards_table(folder: Path) -> Table:
-    """Return what a manifest of shards says: counts, sources, domains, what was dropped."""
+    """Return what a manifest of shards says: counts, sources, domains, what was dropped and why.
+
+    Raises:
+        DataError: no shards there, or the manifest was altered.
+    """
+    from shoal.data_pipeline.manifest import DROPPED
     from shoal.data_pipeline.shards import read_manifest
 
     manifest = read_manifest(folder)
@@ -237,8 +252,17 @@ def shards_table(folder: Path) -> Table:
         "identity": manifest.shards_hash,
         "tokenizer": manifest.tokenizer_fingerprint,
     }
+    for number, source in enumerate(manifest.sources, 1):
+        facts[f"source {number}"] = (
+            f"{source.path}: {source.documents:,} documents, {source.bytes:,} bytes"
+        )
     for domain, count in manifest.domains.items():
         facts[f"domain {domain or '(none)'}"] = count
+    facts["dropped"] = manifest.dropped.total
+    for reason, count in manifest.dropped.reasons.items():
+        facts[f"dropped: {reason}"] = count
+    if manifest.dropped.total:
+        facts["list of dropped"] = folder / DROPPED
     return facts_table(f"shards {folder}", facts)
 
 
@@ -250,36 +274,3 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise DataError("is no JSON object", where=file)
     return tree
-
-
-def scores_table(export: Path, tasks: TasksConfig, precision: str, progress: Progress) -> Table:
-    """Score one model on tasks and return a line for each.
-
-    Raises:
-        ConfigError, DataError: tasks or model that cannot be used, named.
-    """
-    from rich.table import Table
-
-    from shoal.eval.cache import ResultCache
-    from shoal.eval.candidate import Candidate
-    from shoal.eval.evaluation import Evaluator
-    from shoal.eval.tasks.catalogue import load_tasks
-
-    loaded = load_tasks(tasks)
-    candidate = Candidate.open(export, export.name)
-    evaluator = Evaluator(
-        loaded,
-        precision=precision,
-        context=tasks.context,
-        cache=ResultCache(None),
-        progress=progress,
-    )
-    table = Table(title=f"{export} in {precision}", title_justify="left")
-    for column in ("task", "metric", "value", "items", "beside it"):
-        table.add_column(column, justify="right" if column in ("value", "items") else "left")
-    for task in loaded:
-        scores = evaluator.scores(candidate, task)
-        extra = ", ".join(f"{name} {value:.4f}" for name, value in scores.extra.items())
-        count = f"{len(scores.numerator):,}"
-        table.add_row(task.name, task.metric, f"{scores.value:.4f}", count, extra)
-    return table

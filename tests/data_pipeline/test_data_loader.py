@@ -232,9 +232,9 @@ def test_validation_batches_are_a_sequence(validation):
 
 
 def test_damaged_shard_stops_the_step_that_meets_it(prepared, tmp_path):
-    shutil.copytree(prepared.train, tmp_path / "train")
-    rows = Rows.open(tmp_path / "train")
-    file = tmp_path / "train" / rows.manifest.shards[2].file
+    shutil.copytree(prepared.output, tmp_path / "c")
+    rows = Rows.open(tmp_path / "c" / "train")
+    file = rows.folder / rows.manifest.shards[2].file
     file.write_bytes(file.read_bytes()[:-1])
     first = sum(shard.rows for shard in rows.manifest.shards[:2])
     damaged = range(first, first + rows.manifest.shards[2].rows)

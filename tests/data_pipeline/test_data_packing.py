@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.data_pipeline.packing import (
-    IGNORED_TARGET,
+    IGNORE,
     Layout,
     find_segments,
     find_targets,
@@ -30,7 +30,7 @@ def pack_naively(documents, order, context):
         goal = row[1:]
         owners = owner[first : first + context]
         row += [EOT] * (context + 1 - len(row))
-        goal += [IGNORED_TARGET] * (context - len(goal))
+        goal += [IGNORE] * (context - len(goal))
         rows.append(row)
         targets.append(goal)
         segments.append([list(dict.fromkeys(owners)).index(o) for o in owners])
@@ -89,9 +89,9 @@ def test_targets_in_a_line_are_the_documents(corpus):
     documents, order, _ = corpus
     layout = plan(*corpus)
     targets = find_targets(fill(documents, layout, 0, layout.rows).astype(np.int64), EOT).ravel()
-    real = targets[targets != IGNORED_TARGET]
+    real = targets[targets != IGNORE]
     assert real.tolist() == [t for n in order for t in [*documents[n], EOT]]
-    assert (targets[len(real) :] == IGNORED_TARGET).all()
+    assert (targets[len(real) :] == IGNORE).all()
     assert len(targets) - len(real) < layout.context
 
 

@@ -6,13 +6,14 @@ import errno
 import hashlib
 import json
 import os
+import resource
 import shutil
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from shoal.configs.errors import ConfigError, DataError, PreflightError
+from shoal.configs.errors import ConfigError, DataError
 from shoal.data_pipeline import tokens
 from shoal.data_pipeline.manifest import hash_file, read_manifest, verify
 from shoal.data_pipeline.packing import find_targets
@@ -56,6 +57,9 @@ def test_manifest_is_true(name, prepared, corpus_file, records):
     assert manifest.domains == dict(Counter(r["domain"] for r in expected))
     assert (manifest.context, manifest.vocab_size, manifest.dtype) == (16, 320, "uint16")
     assert manifest.tokenizer_fingerprint == tokenizer.fingerprint
+    assert manifest.tokenizer_files == {
+        file.name: hash_file(file) for file in prepared.tokenizer.iterdir()
+    }
     (source,) = manifest.sources
     assert (source.documents, source.bytes, source.dropped) == (len(texts), size, 0)
     facts = f"{corpus_file.name}\n{hash_file(corpus_file)}\n".encode()
@@ -215,20 +219,46 @@ def test_stale_work_on_this_output_is_removed(make_config, tmp_path):
     assert other.exists()
 
 
-def test_full_disk_is_named_and_what_is_done_is_kept(make_config, prepared, tree, tmp_path):
+def test_replaced_tokenizer_is_no_prepared_corpus(make_config, prepared, tmp_path):
+    shutil.copytree(prepared.output, tmp_path / "c")
+    Tokenizer.train(["other words"], 320).save(tmp_path / "c" / "tokenizer")
+    with pytest.raises(DataError, match="not the one the shards were written with") as caught:
+        prepare(make_config(tmp_path / "c"))
+    assert caught.value.where == str(tmp_path / "c" / "tokenizer")
+
+
+@pytest.mark.parametrize("file", [None, "/elsewhere/x"])
+def test_full_disk_is_named_and_what_is_done_is_kept(file, make_config, prepared, tree, tmp_path):
     def fill(what, done, total):
-        if what.startswith("write"):
-            raise OSError(errno.ENOSPC, "No space left on device")
+        if what.startswith("write"):  # a failed write names no file, a failed open does
+            raise OSError(errno.ENOSPC, "No space left on device", file)
 
     config = make_config(tmp_path / "c")
-    with pytest.raises(PreflightError, match="the disk is full") as caught:
+    with pytest.raises(OSError, match="No space left") as caught:
         prepare(config, fill)
-    assert caught.value.where == str(tmp_path)
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename == (file or str(tmp_path / "c"))
     assert not (tmp_path / "c").exists()
     told = []
     prepare(config, lambda what, done, total: told.append(what))
     assert "train tokenizer: find merges" not in told
     assert tree(tmp_path / "c") == tree(prepared.output)
+
+
+def test_array_that_cannot_be_written_says_why(tmp_path):
+    """numpy's own error has no number, so a full disk would look like a bug."""
+    array = np.arange(5000)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            tokens.save_array(tmp_path / "x.npy", array)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.errno == errno.EFBIG
+    assert not (tmp_path / "x.npy").exists()
+    tokens.save_array(tmp_path / "x.npy", array)
+    assert np.array_equal(np.load(tmp_path / "x.npy"), array)
 
 
 def test_validation_share_is_disjoint_and_stable(make_config, lines, records, tmp_path):

@@ -11,7 +11,6 @@ import pytest
 from shoal.configs.errors import ConfigError, DataError
 from shoal.data_pipeline.manifest import (
     check_context,
-    check_tokenizer,
     read_manifest,
     token_counts,
     verify,
@@ -32,8 +31,8 @@ def packed(tmp_path_factory, make_config):
 def folder(request, prepared, packed, tmp_path):
     """A training split that the test may damage."""
     whole = prepared if request.param == "plain" else packed
-    shutil.copytree(whole.train, tmp_path / "train")
-    return tmp_path / "train"
+    shutil.copytree(whole.output, tmp_path / "c")
+    return tmp_path / "c" / "train"
 
 
 def test_rows_come_in_the_order_asked_for(folder, prepared):
@@ -56,15 +55,72 @@ def test_no_rows_and_no_such_row(prepared):
             rows.gather(np.asarray([0, number]))
 
 
-def test_tokenizer_lies_beside_the_rows(prepared):
-    rows = Rows.open(prepared.train)
-    tokenizer = Tokenizer.load(rows.tokenizer_folder)
-    check_tokenizer(rows.manifest, tokenizer)
-    other = Tokenizer.train(["ab ab"], 300)
+def swap_ids(tokenizer):
+    """Exchange the ids of two words: a tokenizer of equal size that means something else."""
+    file = tokenizer / "tokenizer.json"
+    tree = json.loads(file.read_text())
+    vocab = tree["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    file.write_text(json.dumps(tree))
+
+
+REPLACEMENTS = {
+    "other": (swap_ids, "not the one the shards were written with"),
+    "trained": (
+        lambda tokenizer: Tokenizer.train(["ab ab " * 9], 320).save(tokenizer),
+        "not the one the shards were written with",
+    ),
+    "broken": (lambda t: (t / "tokenizer.json").write_text("{"), "cannot be loaded: not a tok"),
+    "missing": (shutil.rmtree, "cannot be loaded: no tokenizer there"),
+}
+
+
+@pytest.mark.parametrize("noted", [True, False])
+@pytest.mark.parametrize("kind", REPLACEMENTS)
+def test_tokenizer_that_is_not_that_of_the_rows_is_refused(kind, noted, folder):
+    """Also of shards from before the tokenizer's files were noted in the manifest."""
+    replace, message = REPLACEMENTS[kind]
+    if not noted:
+        rewrite(folder, {"tokenizer_files": {}})
+    Rows.open(folder)
+    verify(folder)
+    replace(folder.parent / "tokenizer")
+    for call in (Rows.open, verify):
+        with pytest.raises(DataError, match=message) as caught:
+            call(folder)
+        assert caught.value.where == str(folder.parent / "tokenizer")
+        assert caught.value.exit_code == 3
+        assert "prepare it again" in str(caught.value.fix)
+
+
+def test_refused_tokenizer_is_told_by_its_fingerprint(folder):
+    swap_ids(folder.parent / "tokenizer")
     with pytest.raises(DataError) as caught:
-        check_tokenizer(rows.manifest, other)
-    assert other.fingerprint[:12] in caught.value.cause
-    assert tokenizer.fingerprint[:12] in caught.value.cause
+        Rows.open(folder)
+    for fingerprint in (
+        Tokenizer.load(folder.parent / "tokenizer").fingerprint,
+        read_manifest(folder).tokenizer_fingerprint,
+    ):
+        assert fingerprint[:12] in caught.value.cause
+
+
+def test_tokenizer_saved_anew_is_the_same(folder):
+    file = folder.parent / "tokenizer" / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text())))
+    (file.parent / "notes.txt").write_text("mine")
+    assert len(Rows.open(folder)) == verify(folder).rows
+
+
+def test_tokenizer_as_prepared_is_not_loaded(folder, monkeypatch):
+    """Loading takes most of a second for a large vocabulary, hashing its files milliseconds."""
+    monkeypatch.delattr(Tokenizer, "load")
+    Rows.open(folder)
+
+
+def test_folder_may_be_given_as_a_dot(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    tokenizer = Rows.open(".").tokenizer_folder
+    assert Tokenizer.load(tokenizer).fingerprint == read_manifest(".").tokenizer_fingerprint
 
 
 def flip(file):
@@ -127,12 +183,13 @@ def test_rows_of_another_size_are_refused(folder):
 
 
 def test_compressed_shard_of_another_content_is_refused(packed, tmp_path):
-    shutil.copytree(packed.train, tmp_path / "train")
-    shards = list(read_manifest(packed.train).shards)
+    shutil.copytree(packed.output, tmp_path / "c")
+    folder = tmp_path / "c" / "train"
+    shards = list(read_manifest(folder).shards)
     shards[0] = shards[0].model_copy(update={"raw_bytes": 5})
-    rewrite(tmp_path / "train", {"shards": tuple(shards)})
+    rewrite(folder, {"shards": tuple(shards)})
     with pytest.raises(DataError, match="unpacks to another size"):
-        Rows.open(tmp_path / "train").gather(np.asarray([0]))
+        Rows.open(folder).gather(np.asarray([0]))
 
 
 def test_verify_proves_a_sound_folder(folder):
@@ -213,11 +270,12 @@ def test_folder_without_shards(tmp_path, prepared):
 def test_context_must_fit(prepared):
     manifest = read_manifest(prepared.train)
     check_context(manifest, 16)
-    for context, word in ((17, "longer"), (15, "shorter")):
-        with pytest.raises(ConfigError, match=f"context {context} is {word} than") as caught:
+    for context in (17, 15):
+        with pytest.raises(ConfigError, match=f"context {context} does not fit .* 16") as caught:
             check_context(manifest, context)
         assert caught.value.where == "model.context"
         assert "model.context=16" in str(caught.value.fix)
+        assert f"with context={context}" in str(caught.value.fix)
 
 
 def test_token_counts_are_the_targets(folder):

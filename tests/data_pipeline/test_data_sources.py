@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import os
 from pathlib import Path
@@ -243,9 +244,31 @@ def test_cut_archive_is_an_error_not_an_early_end(packed, share, tmp_path, lines
     records = [{"text": os.urandom(2000).hex()} for _ in range(300)]
     file = lines(tmp_path / f"x.jsonl{packed}", records)
     file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
-    with pytest.raises(DataError, match="cannot be read") as caught:
+    with pytest.raises(DataError, match="cannot be read: damaged or cut short") as caught:
         read(file)
     assert caught.value.where == str(file)
+
+
+@pytest.mark.parametrize("lost", [1, 9, 40])
+@pytest.mark.parametrize("packed", [".gz", ".zst"])
+def test_archive_of_which_the_last_part_is_cut(packed, lost, tmp_path, lines):
+    part = lines(tmp_path / f"x.jsonl{packed}", RECORDS).read_bytes()
+    (tmp_path / f"x.jsonl{packed}").write_bytes((part + part)[:-lost])
+    with pytest.raises(DataError, match="cannot be read: damaged or cut short"):
+        read(tmp_path / f"x.jsonl{packed}")
+
+
+@pytest.mark.parametrize("packed", ["", ".gz", ".zst"])
+def test_file_that_may_not_be_opened(packed, tmp_path, lines, monkeypatch):
+    """Its archive is not called damaged."""
+    file = lines(tmp_path / f"x.jsonl{packed}", RECORDS)
+
+    def refuse(*args):
+        raise PermissionError(errno.EACCES, "Permission denied", str(file))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(DataError, match=r"cannot be read: \[Errno 13\] Permission denied"):
+        read(file)
 
 
 @pytest.mark.parametrize(
