@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Literal
 
 PACKAGES = (
@@ -172,26 +171,16 @@ def describe_hardware() -> dict[str, Any]:
     """Return processor, cores, threads, GPU, and how busy the machine is at this moment."""
     import torch
 
+    from shoal.eval.latency import processor_name
     from shoal.launcher.world import usable_cores
 
     return {
-        "cpu": _cpu_model(),
+        "cpu": processor_name(),
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "load_average": os.getloadavg()[0],
     }
-
-
-def _cpu_model() -> str:
-    import platform
-
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def use_all_cores() -> int:

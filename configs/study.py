@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -13,7 +12,8 @@ Axis = Literal[
     "active_flops_per_token", "resident_bytes", "kv_bytes_per_token", "latency_ms",
     "tokens_per_second",
 ]  # fmt: skip
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 SOLVED_AXES = ("active_flops_per_token", "resident_bytes", "kv_bytes_per_token")
 
 
@@ -24,8 +24,23 @@ class BudgetConfig(Section):
     target: float = Field(gt=0, description="FLOPs, bytes, ms or tokens/s, as the axis says")
     tolerance: Share = Field(0.03, description="largest deviation that still counts as met")
     precision: Literal["fp32", "bf16", "int8", "int4"] = "bf16"
-    context: Count = Field(1024, description="tokens in context when one more is computed")
+    context: Count | None = Field(
+        None,
+        description="tokens in context when one more is computed. None: the shortest context of "
+        "the arms",
+    )
     batch: Count = 1
+
+    @property
+    def settled_context(self) -> int:
+        """Tokens in context, as a number.
+
+        Raises:
+            ValueError: it is None still; `eval.budget.resolve_contexts` was not called.
+        """
+        if self.context is None:
+            raise ValueError(f"the context of budget {self.axis} was not resolved")
+        return self.context
 
 
 class TasksConfig(Section):
@@ -47,7 +62,7 @@ class TuningConfig(Section):
 
     lrs: tuple[Annotated[float, Field(gt=0)], ...] = Field(min_length=1)
     tokens: Count = Field(description="training tokens of one trial")
-    seed: int = 1000
+    seed: Seed = 1000
 
 
 class MatchConfig(Section):
@@ -71,18 +86,18 @@ class ArmConfig(Section):
 class StudyConfig(Section):
     """Arms + budgets + tasks -> report."""
 
-    name: str = Field(pattern=NAME)
+    name: Name
     output: str = Field("reports", description="report folder is output/name")
     runs: str = Field("runs", description="run folders are runs/name/stage")
     prepare: str = Field(description="corpus config, relative to this file")
     run: dict[str, Any] = Field(description="what every run of the study has in common")
     budgets: dict[str, BudgetConfig] = Field(min_length=1)
-    support: dict[str, ArmConfig] = Field(
+    support: dict[Name, ArmConfig] = Field(
         default_factory=dict, description="runs that others need (teachers); not contestants"
     )
-    arms: dict[str, ArmConfig] = Field(min_length=1)
+    arms: dict[Name, ArmConfig] = Field(min_length=1)
     equal_on: Literal["tokens", "flops"] = Field("tokens", description="what makes training fair")
-    seeds: tuple[int, ...] = Field((0, 1), min_length=1)
+    seeds: tuple[Seed, ...] = Field((0, 1), min_length=1)
     tuning: TuningConfig | None = None
     tasks: TasksConfig = TasksConfig()
     primary_task: str = Field(description="the task whose metric names the winner")
@@ -95,9 +110,6 @@ class StudyConfig(Section):
         both = self.arms.keys() & self.support.keys()
         if both:
             raise ValueError(f"{', '.join(sorted(both))}: an arm and a support run of one name")
-        for name in (*self.arms, *self.support):
-            if not re.match(NAME, name):
-                raise ValueError(f"arm {name!r}: names are letters, digits, '.', '_' and '-'")
         for name, run in self.support.items():
             if run.teacher:
                 raise ValueError(f"support run {name}: a teacher of a teacher is not supported")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from shoal.configs.errors import ConfigError
 from shoal.configs.schema import EXPERT_MULTIPLE, ModelConfig
 from shoal.configs.study import SOLVED_AXES, BudgetConfig, MatchConfig
-from shoal.eval.candidate import Candidate, ShapeFacts
+from shoal.eval.candidate import ShapeFacts
 from shoal.eval.latency import Latency
 from shoal.trainer.cost import flops_per_token, kv_bytes_per_token, resident_bytes
 
@@ -56,8 +56,24 @@ class Shape:
     """How far feed-forward over width is from the template's, as |log ratio|."""
 
 
+def resolve_contexts(
+    budgets: Mapping[str, BudgetConfig], contexts: Iterable[int]
+) -> dict[str, BudgetConfig]:
+    """Return the budgets, those that name no context at the shortest of `contexts`.
+
+    Args:
+        budgets: By name.
+        contexts: Longest input of every arm in tokens, at least one.
+    """
+    shortest = min(contexts)
+    return {
+        name: budget.model_copy(update={"context": budget.context or shortest})
+        for name, budget in budgets.items()
+    }
+
+
 def measure_cost(
-    source: Candidate | ShapeFacts,
+    facts: ShapeFacts,
     budget: BudgetConfig,
     *,
     model: ModelConfig | None = None,
@@ -67,13 +83,12 @@ def measure_cost(
     """Measure one axis on the built model, under the budget's conditions.
 
     Args:
-        source: The model, or what was measured of it at the budget's context.
+        facts: What was measured of the model at the budget's context.
         budget: Axis, target and conditions.
         model: Its configuration, for the formula beside the measurement.
         latency: Timings under the budget's conditions; needed for the timed axes.
         rule: `match` for a model built to this budget, `limit` for one that was not.
     """
-    facts = source.shape_facts(budget.context) if isinstance(source, Candidate) else source
     if budget.axis == "active_flops_per_token":
         value = facts.flops_per_token
     elif budget.axis == "resident_bytes":
@@ -113,7 +128,7 @@ def compute_cost(model: ModelConfig, budget: BudgetConfig) -> float:
         ConfigError: the axis can only be measured.
     """
     if budget.axis == "active_flops_per_token":
-        return float(flops_per_token(model, budget.context).total)
+        return float(flops_per_token(model, budget.settled_context).total)
     if budget.axis == "resident_bytes":
         return float(resident_bytes(model, budget.precision))
     if budget.axis == "kv_bytes_per_token":
@@ -129,7 +144,7 @@ def scoring_precision(budgets: Mapping[str, BudgetConfig]) -> str:
     """Return the precision quality is scored at: what the byte budget assumes, else the first.
 
     Raises:
-        ConfigError: byte budgets disagree, or models cannot be scored at that precision yet.
+        ConfigError: byte budgets disagree.
     """
     named = {b.precision for b in budgets.values() if b.axis == "resident_bytes"}
     if len(named) > 1:
@@ -139,15 +154,7 @@ def scoring_precision(budgets: Mapping[str, BudgetConfig]) -> str:
             where="budgets",
             fix="give them one precision",
         )
-    precision = named.pop() if named else next(iter(budgets.values())).precision
-    if precision not in ("fp32", "bf16"):
-        raise ConfigError(
-            f"quality cannot be scored at {precision} yet, and scoring at another precision than "
-            "the budget assumes would not be fair",
-            where="budgets",
-            fix="precision fp32 or bf16",
-        )
-    return precision
+    return named.pop() if named else next(iter(budgets.values())).precision
 
 
 def solve_shape(template: ModelConfig, budget: BudgetConfig, match: MatchConfig) -> ModelConfig:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shoal.eval.partials import open_aside
+from shoal.trainer.storage import open_aside
 
 FORMAT = 1  # raise when the same inputs would give another result than before
 

@@ -1,7 +1,7 @@
 """Candidates: any causal language model in a Hugging Face folder on disk, as eval sees it.
 
-The one door to `transformers` in this room. Weights come from safetensors only; folders that hold
-pickles instead, or ask for code of their own, are refused.
+Models and tokenizers are loaded by `trainer.export`, a door to `transformers`. Weights come from
+safetensors only; folders that hold pickles instead, or ask for code of their own, are refused.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+RUN_PRECISIONS = ("fp32", "bf16")
+"""Those that models can be run at; budgets may be computed for others."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -100,6 +102,19 @@ class Candidate:
             "config.json names no context length (max_position_embeddings)", where=self.folder
         )
 
+    def check_context(self, context: int) -> None:
+        """Refuse more tokens than the model can take.
+
+        Raises:
+            ConfigError: `context` is longer than the model's own.
+        """
+        if context > self.context:
+            raise ConfigError(
+                f"a context of {context} tokens is longer than the model's {self.context}",
+                where=self.name,
+                fix="lower the context of the budget or of the tasks",
+            )
+
     @cached_property
     def vocab_size(self) -> int:
         """Rows of the output head, padding rows included."""
@@ -165,9 +180,11 @@ class Candidate:
     def _load(self, precision: str, purpose: str) -> PreTrainedModel:
         import torch
 
-        if precision not in ("fp32", "bf16"):
+        if precision not in RUN_PRECISIONS:
             raise ConfigError(
-                f"models cannot be run at {precision} yet", where=self.name, fix="fp32 or bf16"
+                f"models cannot be run at {precision} yet",
+                where=self.name,
+                fix=" or ".join(RUN_PRECISIONS),
             )
         if (precision, purpose) not in self._models:
             native = purpose == "native" and precision == "bf16"
@@ -196,15 +213,13 @@ class Candidate:
     def _expert_count(self) -> int:
         return int(self.config.get("num_local_experts") or self.config.get("num_experts") or 0)
 
-    def shape_facts(self, context: int | None = None) -> ShapeFacts:
-        """Count parameters, FLOPs per token at `context`, and cache size on the built model."""
-        context = context or self.context
-        if context > self.context:
-            raise ConfigError(
-                f"a context of {context} tokens is longer than the model's {self.context}",
-                where=self.name,
-                fix="lower the budget's context",
-            )
+    def shape_facts(self, context: int) -> ShapeFacts:
+        """Count parameters, FLOPs per token at `context`, and cache size on the built model.
+
+        Raises:
+            ConfigError: `context` is longer than the model's own.
+        """
+        self.check_context(context)
         if context not in self._facts:
             self._facts[context] = self._measure(context)
         return self._facts[context]

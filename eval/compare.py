@@ -7,16 +7,16 @@ precision the byte budget assumes, and every pair of arms is tested on every tas
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from shoal.configs.errors import ConfigError
 from shoal.configs.study import BudgetConfig, TasksConfig
-from shoal.eval.budget import Measured, measure_cost, scoring_precision
+from shoal.eval.budget import Measured, measure_cost, resolve_contexts, scoring_precision
 from shoal.eval.cache import ResultCache
 from shoal.eval.calibration import calibrate
-from shoal.eval.candidate import ShapeFacts
+from shoal.eval.candidate import RUN_PRECISIONS, ShapeFacts
 from shoal.eval.contamination import COMMON_DOCUMENTS, GRAM, Overlap
 from shoal.eval.evaluation import Conditions, Contestant, Evaluator
 from shoal.eval.inputs import ArmInput, References, TrainingTexts
@@ -49,7 +49,8 @@ def compare(
 
     Args:
         arms: Contestants, each with one export a seed.
-        budgets: By name; to an arm built to none of them, each is a limit.
+        budgets: By name; to an arm built to none of them, each is a limit. One without a context
+            is meant at the shortest context of the arms.
         tasks: What to score.
         name: Of the study.
         primary_task: Task that decides; None: the first.
@@ -69,13 +70,14 @@ def compare(
     primary = primary_task or loaded[0].name
     references = references or References()
     _check_names(arms, budgets, [task.name for task in loaded], primary)
-    _check_reference_names(arms, references)
-    precision = scoring_precision(budgets)
+    check_reference_names([arm.name for arm in arms], references.others)
     contestants = [Contestant(arm) for arm in arms]
-    _check_context(contestants, budgets, tasks)
+    contexts = {one.arm.name: one.first.context for one in contestants}
+    budgets = resolve_contexts(budgets, contexts.values())
+    check_conditions(contexts, budgets, tasks)
     evaluator = Evaluator(
         loaded,
-        precision=precision,
+        precision=scoring_precision(budgets),
         context=tasks.context,
         cache=ResultCache(cache),
         progress=progress,
@@ -170,10 +172,19 @@ def _check_names(
     check_primary_task(tasks, primary)
 
 
-def _check_reference_names(arms: Sequence[ArmInput], references: References) -> None:
-    """Refuse reference rows that could be taken for an arm or for one of the fixed rows."""
-    for name in references.others:
-        if name in {"unigram", "untrained", *(arm.name for arm in arms)}:
+def check_reference_names(arms: Iterable[str], others: Iterable[str]) -> None:
+    """Refuse reference rows that could be taken for an arm or for one of the fixed rows.
+
+    Args:
+        arms: Names of the arms.
+        others: Names of the reference rows beside the fixed ones.
+
+    Raises:
+        ConfigError: names the first that could be.
+    """
+    taken = {"unigram", "untrained", *arms}
+    for name in others:
+        if name in taken:
             raise ConfigError(
                 f"a reference cannot be called {name!r}: another row is", fix="rename it"
             )
@@ -191,22 +202,63 @@ def check_primary_task(tasks: Sequence[str], primary: str) -> None:
         )
 
 
-def _check_context(
-    contestants: Sequence[Contestant], budgets: Mapping[str, BudgetConfig], tasks: TasksConfig
+def check_conditions(
+    contexts: Mapping[str, int], budgets: Mapping[str, BudgetConfig], tasks: TasksConfig
 ) -> None:
-    """Refuse conditions a model cannot meet before anything is scored."""
-    wanted = {f"budget {name}": budget.context for name, budget in budgets.items()}
-    if tasks.context:
-        wanted["tasks.context"] = tasks.context
-    for one in contestants:
-        for place, context in wanted.items():
-            if context > one.first.context:
-                raise ConfigError(
-                    f"a context of {context} tokens is longer than the {one.first.context} of "
-                    f"{one.arm.name}",
-                    where=place,
-                    fix="lower it; all arms are measured alike",
-                )
+    """Refuse conditions that arms cannot be measured, scored or timed under.
+
+    Needs no model, so that a study can ask before anything is trained.
+
+    Args:
+        contexts: Longest input in tokens of every arm, by its name.
+        budgets: By name; a context of None fits every arm.
+        tasks: What will be scored.
+
+    Raises:
+        ConfigError: a context is longer than an arm's, or models cannot be run at a precision that
+            they would be scored or timed at; names the key.
+    """
+    _check_precisions(budgets)
+    shortest = min(contexts, key=lambda arm: contexts[arm])
+    limit = contexts[shortest]
+    wanted = {
+        f"budgets.{name}.context": (budget.context, _say_how(name, "context", str(limit)))
+        for name, budget in budgets.items()
+    }
+    wanted["tasks.context"] = (
+        tasks.context,
+        f"tasks.context={limit} in a study, `context: {limit}` in the file of --tasks",
+    )
+    for place, (context, fix) in wanted.items():
+        if context and context > limit:
+            raise ConfigError(
+                f"a context of {context} tokens is longer than the {limit} of {shortest}",
+                where=place,
+                fix=f"{fix}; all arms are measured alike",
+            )
+
+
+def _check_precisions(budgets: Mapping[str, BudgetConfig]) -> None:
+    """Refuse precisions of budgets whose conditions models are scored or timed under."""
+    scoring_precision(budgets)
+    first = next(iter(budgets))
+    for name, budget in budgets.items():
+        is_run = name == first or budget.axis in ("resident_bytes", *TIMED_AXES)
+        if is_run and budget.precision not in RUN_PRECISIONS:
+            raise ConfigError(
+                f"models cannot be run at {budget.precision} yet, and scoring or timing them at "
+                "another precision than the budget assumes would not be fair",
+                where=f"budgets.{name}.precision",
+                fix=_say_how(name, "precision", " or ".join(RUN_PRECISIONS)),
+            )
+
+
+def _say_how(budget: str, key: str, value: str) -> str:
+    """Return how a condition of a budget is written, in a study and on a command line."""
+    return (
+        f"budgets.{budget}.{key}={value} in a study, "
+        f"--budget AXIS=TARGET,{key}={value} on the command line"
+    )
 
 
 def _time_all(
@@ -236,10 +288,11 @@ def _describe_arm(
     # Held to all budgets, an arm is judged by the one it has least room in.
     own = arm.match or max(measured, key=lambda key: measured[key].excess)
     first = next(iter(budgets.values()))
-    facts = evaluator.shape_facts(contestant.first, first.context)
+    facts = evaluator.shape_facts(contestant.first, first.settled_context)
     return {
         "name": arm.name,
         "kind": arm.kind,
+        "teacher": arm.teacher,
         "matched": {"budget": own, **measured[own].as_tree()},
         "budgets": {key: value.as_tree() for key, value in measured.items()},
         "parameters": {"total": facts.total, "active": facts.active, "embedding": facts.embedding},
@@ -262,7 +315,7 @@ def _describe_inference(
     return {
         "conditions": {
             "precision": budget.precision,
-            "context": budget.context,
+            "context": budget.settled_context,
             "batch": budget.batch,
         },
         "flops_per_token": facts.flops_per_token,
@@ -287,7 +340,7 @@ def _measure(
     timings: Mapping[Conditions, Mapping[str, Latency]],
 ) -> Measured:
     timed = timings.get(Conditions.of(budget), {}).get(contestant.arm.name)
-    facts = evaluator.shape_facts(contestant.first, budget.context)
+    facts = evaluator.shape_facts(contestant.first, budget.settled_context)
     rule = "match" if contestant.arm.match else "limit"
     return measure_cost(facts, budget, model=contestant.arm.model, latency=timed, rule=rule)
 

@@ -38,7 +38,7 @@ class Conditions:
     @classmethod
     def of(cls, budget: BudgetConfig) -> Conditions:
         """Return the conditions of a budget."""
-        return cls(budget.precision, budget.context, budget.batch)
+        return cls(budget.precision, budget.settled_context, budget.batch)
 
 
 class Contestant:

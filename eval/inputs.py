@@ -40,6 +40,8 @@ class ArmInput:
     """What was made equal in training: tokens or flops."""
     ledger: Sequence[Mapping[str, Any]] = ()
     """Ledger lines of all its stages, those it shares with others included."""
+    teacher: str | None = None
+    """Of a distilled arm: the name of its teacher's reference row."""
 
 
 @dataclass(frozen=True)

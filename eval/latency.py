@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -108,28 +109,20 @@ def measure_latencies(
     steps = min(DECODE_STEPS, context // 2)
     if steps < 2:
         raise ConfigError(f"latency needs a context of at least 4 tokens, not {context}")
-    for name, candidate in candidates.items():
-        if context > candidate.context:
-            raise ConfigError(
-                f"a context of {context} tokens is longer than the model's {candidate.context}",
-                where=name,
-                fix="lower the budget's context",
-            )
+    for candidate in candidates.values():
+        candidate.check_context(context)
     models = {name: candidate.model(precision) for name, candidate in candidates.items()}
-    prefills: dict[str, list[float]] = {name: [] for name in models}
-    decodes: dict[str, list[float]] = {name: [] for name in models}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for turn in range(WARM_UP + repeats):
         for name, model in models.items():
-            prefill, decode = _time_once(model, batch, context - steps, steps)
-            if turn >= WARM_UP:
-                prefills[name].append(prefill)
-                decodes[name].append(decode)
+            times[name].append(_time_once(model, batch, context - steps, steps))
         if progress:
             progress("latency", turn + 1, WARM_UP + repeats)
-    return {
-        name: Latency(_summary(prefills[name]), _summary(decodes[name]), context - steps, batch)
-        for name in models
-    }
+    found = {}
+    for name, measured in times.items():
+        prefills, decodes = zip(*measured[WARM_UP:], strict=True)
+        found[name] = Latency(_summary(prefills), _summary(decodes), context - steps, batch)
+    return found
 
 
 @torch.inference_mode()
@@ -164,17 +157,14 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _summary(times: list[float]) -> Timing:
+def _summary(times: Sequence[float]) -> Timing:
     low, median, high = np.percentile(times, [25, 50, 75])
     return Timing(float(median), float(low), float(high), len(times))
 
 
 def describe_machine() -> dict[str, Any]:
     """Return what timings depend on: device, threads, versions."""
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    else:
-        device = _processor() or platform.machine()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
     return {
         "device": device,
         "cores": os.cpu_count(),
@@ -186,12 +176,11 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """Return the processor's model, or its architecture where the system does not tell."""
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return ""
-    return ""
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

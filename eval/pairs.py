@@ -66,14 +66,17 @@ def compare_pairs(task: Task, arms: Sequence[ArmScores]) -> list[dict[str, Any]]
     """
     spreads = [statistics.seed_spread(arm.values) for arm in arms]
     spread = max((one for one in spreads if one is not None), default=None)
-    rows = [_compare_two(task, a, b, spread) for a, b in itertools.combinations(arms, 2)]
+    pairs = list(itertools.combinations(arms, 2))
+    rows = [_compare_two(task, a, b, spread, len(pairs)) for a, b in pairs]
     for row, adjusted in zip(rows, statistics.holm([r["p_value"] for r in rows]), strict=True):
         row["p_holm"] = adjusted
         row["outcome"], row["reason"] = decide(row, task.higher_is_better)
     return rows
 
 
-def _compare_two(task: Task, a: ArmScores, b: ArmScores, spread: float | None) -> dict[str, Any]:
+def _compare_two(
+    task: Task, a: ArmScores, b: ArmScores, spread: float | None, pairs: int
+) -> dict[str, Any]:
     mean_a, mean_b = a.mean, b.mean
     differences = (np.asarray(mean_a.numerator) - np.asarray(mean_b.numerator)).tolist()
     single = len(a.trainings) == len(b.trainings) == 1
@@ -93,7 +96,7 @@ def _compare_two(task: Task, a: ArmScores, b: ArmScores, spread: float | None) -
         "p_holm": p_value,
         "test": test,
         "n": len(differences),
-        "detectable_difference": statistics.detectable_difference(differences, denominator),
+        "detectable_difference": statistics.detectable_difference(differences, denominator, pairs),
         "seed_spread": spread,
         "per_seed": _by_seed(task, a, b),
     }

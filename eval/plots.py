@@ -107,7 +107,7 @@ def _make_inline(svg: str, name: str) -> str:
     return svg.replace('<text style="', '<text fill="currentColor" style="').strip()
 
 
-def _looks(report: Report) -> dict[str, tuple[str, str]]:
+def arm_looks(report: Report) -> dict[str, tuple[str, str]]:
     """Colour and marker of every arm."""
     names = [arm["name"] for arm in report["arms"]]
     return {
@@ -120,7 +120,7 @@ def _add_legend(report: Report, figure: Figure) -> None:
 
     handles = [
         Line2D([], [], color=colour, marker=marker, label=name, markersize=6)
-        for name, (colour, marker) in _looks(report).items()
+        for name, (colour, marker) in arm_looks(report).items()
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
 
@@ -157,7 +157,7 @@ def _axis_value(arm: Report, axis: str) -> float:
 
 def _draw_score(axes: Axes, report: Report, arm: Report, task: str, x: float) -> None:
     """Draw an arm's mean with its seeds as a thin bar: the spread that counts."""
-    colour, marker = _looks(report)[arm["name"]]
+    colour, marker = arm_looks(report)[arm["name"]]
     score = arm["tasks"][task]
     seeds = [one["value"] for one in score["per_seed"]]
     axes.vlines(x, min(seeds), max(seeds), color=colour, linewidth=5, alpha=0.35)
@@ -176,7 +176,7 @@ def _draw_training(report: Report, figure: Figure) -> bool:
     """Training loss and validation bits per byte over tokens; one thin line a seed."""
     left, right = figure.subplots(1, 2)
     drawn = False
-    looks = _looks(report)
+    looks = arm_looks(report)
     for arm in report["arms"]:
         for seed, curve in enumerate(arm["training"]["curves"]):
             style: dict[str, Any] = {
@@ -222,7 +222,7 @@ def _draw_cost(report: Report, figure: Figure) -> bool:
     if curve is None:
         return False
     left, right = figure.subplots(1, 2)
-    for name, (colour, marker) in _looks(report).items():
+    for name, (colour, marker) in arm_looks(report).items():
         if name in curve["by_domains"]:
             hours = [s / 3600 for s in curve["by_domains"][name]["device_seconds"]]
             left.plot(curve["domains"], hours, color=colour, marker=marker, markersize=4)
@@ -248,7 +248,7 @@ def _draw_calibration(report: Report, figure: Figure) -> bool:
     if not found:
         return False
     axes = figure.subplots()
-    looks = _looks(report)
+    looks = arm_looks(report)
     for name, bins in found:
         share = [(i + 0.5) / len(bins) for i in range(len(bins))]
         colour, marker = looks[name]

@@ -11,14 +11,35 @@ from typing import Any
 
 from shoal.configs.errors import ConfigError
 from shoal.eval.compare import check_report
-from shoal.eval.partials import open_aside
-from shoal.eval.plots import AXES, COLOURS, MARKERS, draw_all
-from shoal.eval.words import AXIS_WORDS, METRIC_WORDS, TEST_WORDS
+from shoal.eval.plots import AXES, arm_looks, draw_all
+from shoal.eval.words import (
+    AXIS_WORDS,
+    METRIC_WORDS,
+    TEST_WORDS,
+    format_score,
+    format_seconds,
+    format_share,
+    format_si,
+    format_signed,
+)
+from shoal.trainer.storage import open_aside
 
 REPORT = "report.json"
 FILES = (REPORT, "report.md", "report.html")
 
 SIGNS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖", "h": "⬢"}
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse to write a report over something else.
+
+    Raises:
+        ConfigError: `folder` exists and holds no report.
+    """
+    if folder.exists() and not _is_ours(folder):
+        raise ConfigError(
+            "the folder exists and is not a report", where=folder, fix="choose another folder"
+        )
 
 
 def write_report(report: Mapping[str, Any], folder: Path) -> Path:
@@ -28,10 +49,7 @@ def write_report(report: Mapping[str, Any], folder: Path) -> Path:
         ConfigError: the report does not fit its schema, or `folder` holds something else.
     """
     check_report(report)
-    if folder.exists() and not _is_ours(folder):
-        raise ConfigError(
-            "the folder exists and is not a report", where=folder, fix="choose another folder"
-        )
+    check_folder(folder)
     texts = {
         REPORT: json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         "report.md": render_markdown(report),
@@ -93,51 +111,5 @@ def _render(template: str, report: Mapping[str, Any], **values: Any) -> str:
         test=TEST_WORDS.__getitem__,
         metric=METRIC_WORDS.__getitem__,
     )
-    looks = {
-        arm["name"]: (COLOURS[i % len(COLOURS)], SIGNS[MARKERS[i % len(MARKERS)]])
-        for i, arm in enumerate(report["arms"])
-    }
+    looks = {name: (colour, SIGNS[marker]) for name, (colour, marker) in arm_looks(report).items()}
     return environment.get_template(template).render(r=report, looks=looks, axes=AXES, **values)
-
-
-def format_si(value: float | None, unit: str = "") -> str:
-    """Return a number with an SI prefix: 1.23 M."""
-    if value is None:
-        return "–"
-    size = abs(value)
-    for factor, prefix in (
-        (1e18, "E"),
-        (1e15, "P"),
-        (1e12, "T"),
-        (1e9, "G"),
-        (1e6, "M"),
-        (1e3, "k"),
-    ):
-        if size >= factor:
-            return f"{value / factor:.2f} {prefix}{unit}"
-    return f"{value:.2f}".rstrip("0").rstrip(".") + (f" {unit}" if unit else "")
-
-
-def format_score(value: float | None, metric: str) -> str:
-    """Return a metric as people write it."""
-    if value is None:
-        return "–"
-    return f"{100 * value:.1f}%" if metric == "accuracy" else f"{value:.4f}"
-
-
-def format_signed(value: float, metric: str) -> str:
-    """Return a difference with its sign."""
-    return f"{100 * value:+.1f} pp" if metric == "accuracy" else f"{value:+.4f}"
-
-
-def format_share(value: float, digits: int = 1) -> str:
-    """Return a signed share in percent."""
-    return f"{100 * value:+.{digits}f}%"
-
-
-def format_seconds(value: float) -> str:
-    """Return a duration in its natural unit."""
-    for size, unit in ((3600.0, "h"), (60.0, "min")):
-        if value >= size:
-            return f"{value / size:.1f} {unit}"
-    return f"{value:.1f} s"

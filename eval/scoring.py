@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from shoal.configs.errors import ConfigError, DataError
+from shoal.configs.errors import DataError
 from shoal.eval.candidate import Candidate
 
 Progress = Callable[[str, int, int | None], None]
@@ -67,20 +67,10 @@ def score_texts(
         DataError: a request has no prefix, or a score is not finite.
     """
     width = context or candidate.context
-    if width > candidate.context:
-        raise ConfigError(
-            f"a scoring window of {width} tokens is longer than the model's {candidate.context}",
-            where=candidate.name,
-            fix="lower tasks.context",
-        )
+    candidate.check_context(width)
     model = candidate.rounded_model(precision)
     sequences = [request.prefix_ids + request.target_ids for request in requests]
-    windows = [
-        window
-        for number, request in enumerate(requests)
-        for window in split_windows(number, len(request.prefix_ids), len(sequences[number]), width)
-    ]
-    windows.sort(key=lambda window: (-window.length, window.first - window.begin, window.request))
+    windows = _cut_windows(requests, width)
     totals = np.zeros(len(requests), dtype=np.float64)
     done = 0
     for batch in _batches(windows, candidate.vocab_size):
@@ -92,6 +82,23 @@ def score_texts(
     if not np.isfinite(totals).all():
         raise DataError("the model gives scores that are not finite", where=candidate.folder)
     return totals.tolist()
+
+
+def _cut_windows(requests: Sequence[Request], context: int) -> list[Window]:
+    """Return the windows of all requests, longest first, those scored from like places together."""
+    windows = [
+        window
+        for number, request in enumerate(requests)
+        for window in split_windows(
+            number,
+            len(request.prefix_ids),
+            len(request.prefix_ids) + len(request.target_ids),
+            context,
+        )
+    ]
+    return sorted(
+        windows, key=lambda window: (-window.length, window.first - window.begin, window.request)
+    )
 
 
 def split_windows(request: int, prefix: int, length: int, context: int) -> Iterator[Window]:

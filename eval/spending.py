@@ -49,8 +49,8 @@ def describe_training(arm: ArmInput) -> dict[str, Any]:
 def _one_domain(arm: ArmInput) -> dict[str, float]:
     """Cost of one more domain: its search, and one training and export instead of one a seed."""
     own = [entry for entry in arm.ledger if entry["scope"] == "specialization"]
-    repeated = [entry for entry in own if entry["kind"] in ("train", "export", "evaluate")]
-    once = [entry for entry in own if entry["kind"] not in ("train", "export", "evaluate")]
+    repeated = [entry for entry in own if entry["kind"] in ("train", "export")]
+    once = [entry for entry in own if entry["kind"] not in ("train", "export")]
     per_seed, rest = sum_entries(repeated, 1 / len(arm.exports)), sum_entries(once)
     return {key: per_seed[key] + rest[key] for key in SUMS}
 

@@ -113,22 +113,26 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in multipletests(p_values, alpha=ALPHA, method="holm")[1]]
 
 
-def detectable_difference(numerator: Sequence[float], denominator: Sequence[float]) -> float | None:
-    """Smallest true difference these items would show with 80 % power at the 5 % level.
+def detectable_difference(
+    numerator: Sequence[float], denominator: Sequence[float], pairs: int = 1
+) -> float | None:
+    """Smallest true difference these items show with at least 80 % power, p adjusted for `pairs`.
 
-    Normal approximation (z_0.975 + z_0.8) x standard error, the standard error of a ratio by
+    At the level 0.05 / `pairs`, which Holm asks of the smallest p; of the others it asks less.
+    Normal approximation (z of the level + z_0.8) x standard error, the standard error of a ratio by
     linearisation (Cochran 1977, section 2.11). None where a spread cannot be estimated.
 
     Args:
         numerator: Differences of the two models' numerators, item by item.
         denominator: Denominators, the same for both.
+        pairs: Comparisons that p is adjusted for.
     """
     from scipy.stats import norm
 
     error = ratio_standard_error(numerator, denominator)
     if not error:
         return None
-    return float((norm.ppf(1 - ALPHA / 2) + norm.ppf(POWER)) * error)
+    return float((norm.ppf(1 - ALPHA / pairs / 2) + norm.ppf(POWER)) * error)
 
 
 def ratio_standard_error(numerator: Sequence[float], denominator: Sequence[float]) -> float | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shoal.eval.budget import excess
-from shoal.eval.words import AXIS_WORDS, METRIC_WORDS
+from shoal.eval.words import AXIS_WORDS, METRIC_WORDS, format_count, format_gap, format_score
 
 Row = Mapping[str, Any]
 
@@ -38,6 +38,7 @@ def reach_verdict(
         *_deployment(verdict, arms),
         *_worth(eligible, decided, primary_task),
         *_against_references(arms, references, primary_task),
+        *_against_teachers(arms, references, primary_task),
         *_built_to(arms),
         *_over_other_budgets(verdict, arms),
         *_off_budget(arms),
@@ -117,7 +118,7 @@ def _headline(verdict: Row, arms: Sequence[Row], pairs: Sequence[Row]) -> str:
         if all(arm["matched"]["rule"] == "limit" for arm in arms):
             return "No verdict: no arm keeps within every budget."
         return "No verdict: no arm meets the budget it is held to."
-    value = _number(leader["tasks"][task]["value"], verdict["metric"])
+    value = format_score(leader["tasks"][task]["value"], verdict["metric"])
     if verdict["outcome"] == "single":
         return f"{leader['name']} reaches {value} {metric} on {task}; there is no other arm."
     if verdict["outcome"] == "winner":
@@ -173,21 +174,23 @@ def _worth(arms: Sequence[Row], pairs: Sequence[Row], task: str) -> list[str]:
     gap = abs(widest["difference"])
     share = gap / abs(best["tasks"][task]["value"]) if best["tasks"][task]["value"] else 0.0
     sentences = [
-        f"The arms lie within {_number(gap, metric)} {METRIC_WORDS[metric]} of each other on "
+        f"The arms lie within {format_gap(gap, metric)} {METRIC_WORDS[metric]} of each other on "
         f"{task}" + (f", {share:.1%} of the best value." if metric == "bits_per_byte" else ".")
     ]
     seen = [p["detectable_difference"] for p in inside if p["detectable_difference"] is not None]
     if seen:
+        adjusted = f" and p adjusted over {len(pairs)} pairs" if len(pairs) > 1 else ""
         sentences.append(
-            f"With {inside[0]['n']} items this test shows a true difference of "
-            f"{_number(max(seen), metric)} four times out of five; smaller ones mostly stay unseen."
+            f"With {inside[0]['n']} items{adjusted}, a true difference of "
+            f"{format_gap(max(seen), metric)} is told from chance over items at least four times "
+            "out of five; a smaller one is missed more often."
         )
     spreads = [p["seed_spread"] for p in inside if p["seed_spread"] is not None]
     if spreads:
         counts = [len(arm["tasks"][task]["per_seed"]) for arm in arms]
         seeds = _count(min(counts), max(counts))
         sentences.append(
-            f"Another seed alone moves an arm by up to {_number(max(spreads), metric)}, the "
+            f"Another seed alone moves an arm by up to {format_gap(max(spreads), metric)}, the "
             "largest spread of any arm, so differences below that are not credited to the method. "
             f"With {seeds} seed{'s' if seeds != '1' else ''} an arm, the spread is itself "
             "uncertain."
@@ -216,6 +219,24 @@ def _against_references(arms: Sequence[Row], references: Sequence[Row], task: st
         f"Every arm is at least {min(gains.values()):.0%} below the unigram model "
         f"({floor:.4f} bits per byte)."
     ]
+
+
+def _against_teachers(arms: Sequence[Row], references: Sequence[Row], task: str) -> list[str]:
+    """Say of every distilled arm how far its teacher, a reference row, is ahead of it."""
+    rows = {row["name"]: row for row in references}
+    sentences = []
+    for arm in arms:
+        teacher = rows.get(arm["teacher"])
+        if teacher is None:
+            continue
+        score = arm["tasks"][task]
+        lead = teacher["tasks"][task]["value"] - score["value"]
+        if not score["higher_is_better"]:
+            lead = -lead
+        by = f"{format_gap(lead, score['metric'])} {METRIC_WORDS[score['metric']]} on {task}"
+        how = f"better by {by}" if lead > 0 else f"not better: the student is ahead by {by}"
+        sentences.append(f"{teacher['name']}, the teacher of {arm['name']}, is {how} (untested).")
+    return sentences
 
 
 def _built_to(arms: Sequence[Row]) -> list[str]:
@@ -286,19 +307,8 @@ def _scope(arms: Sequence[Row]) -> list[str]:
 
 
 def _count(low: float, high: float) -> str:
-    texts = [_short(low), _short(high)]
+    texts = [format_count(low), format_count(high)]
     return texts[0] if texts[0] == texts[1] else f"{texts[0]} to {texts[1]}"
-
-
-def _short(value: float) -> str:
-    for size, unit in ((1e9, " billion"), (1e6, " million"), (1e3, " thousand")):
-        if value >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.0f}"
-
-
-def _number(value: float, metric: str) -> str:
-    return f"{value:.1%}" if metric == "accuracy" else f"{value:.4f}"
 
 
 def _list(names: Sequence[str]) -> str:

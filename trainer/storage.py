@@ -1,10 +1,14 @@
-"""Files made durable and proven: what checkpoints and exports have in common."""
+"""Files written aside, made durable and proven: what checkpoints, exports and reports share."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
+import shutil
 from pathlib import Path
+
+_PARTIAL = re.compile(r"\.partial-(\d+)-(.+)", re.S)
 
 
 def digest(path: Path) -> str:
@@ -20,3 +24,35 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def open_aside(target: Path, *, alone: bool = False) -> Path:
+    """Return the path to write `target` under until it is whole, in the same folder.
+
+    What killed processes left of the target is removed; processes that live keep theirs.
+
+    Args:
+        target: File or folder that is to appear whole.
+        alone: Its folder holds nothing but such targets, so those of the others go as well.
+    """
+    for leftover in target.parent.glob(".partial-*"):
+        found = _PARTIAL.fullmatch(leftover.name)
+        if found and (alone or found[2] == target.name) and not _lives(int(found[1])):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
+    return target.with_name(f".partial-{os.getpid()}-{target.name}")
+
+
+def _lives(pid: int) -> bool:
+    import psutil
+
+    return bool(psutil.pid_exists(pid))
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a small file so that readers see the old text or the new, never a part."""
+    aside = file.with_name(f".partial-{file.name}")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(file)

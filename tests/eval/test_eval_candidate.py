@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from shoal.configs.errors import ConfigError, DataError
 from shoal.eval.candidate import Candidate
-from shoal.eval.latency import measure_latencies
+from shoal.eval.latency import Latency, Timing, measure_latencies
 from shoal.trainer.cost import count_parameters, flops_per_token, kv_bytes_per_token, resident_bytes
 
 KINDS = ("llama", "gpt2", "qwen3", "mixtral", "qwen3_moe")
@@ -135,8 +135,13 @@ def test_foreign_tokenizer_is_refused(copy):
 
 
 def test_context_beyond_the_model_is_refused(make_export):
+    candidate = Candidate.open(make_export("llama"), "a")
+    candidate.check_context(64)
+    with pytest.raises(ConfigError, match="longer than the model's 64") as caught:
+        candidate.shape_facts(65)
+    assert caught.value.where == "a"
     with pytest.raises(ConfigError, match="longer than the model's 64"):
-        Candidate.open(make_export("llama")).shape_facts(65)
+        measure_latencies({"a": candidate}, precision="fp32", context=65, batch=1)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -153,11 +158,12 @@ def test_latency_takes_turns_and_counts(make_export, precision):
         assert latency.from_tree(latency.as_tree()) == latency
 
 
-def test_latency_marks_what_is_unstable(make_export):
-    latency = measure_latencies(
-        {"a": Candidate.open(make_export("llama"))}, precision="fp32", context=8, batch=1, repeats=3
-    )["a"]
-    steady = type(latency.decode_ms)(10.0, 9.5, 10.5, 20)
-    shaky = type(latency.decode_ms)(10.0, 8.0, 11.0, 20)
-    assert not steady.unstable
-    assert shaky.unstable
+@pytest.mark.parametrize("part", ["prefill_ms", "decode_ms"])
+def test_latency_is_unstable_where_either_timing_is(part):
+    """Quartiles a quarter of the median apart are steady, more are not."""
+    steady, shaky = Timing(10.0, 8.5, 11.0, 20), Timing(10.0, 8.4, 11.0, 20)
+    timings = {"prefill_ms": steady, "decode_ms": steady}
+    assert not Latency(**timings, prefill_tokens=8, batch=1).unstable
+    latency = Latency(**timings | {part: shaky}, prefill_tokens=8, batch=1)
+    assert latency.unstable
+    assert shaky.as_tree()["unstable"] and not steady.as_tree()["unstable"]

@@ -8,7 +8,7 @@ import pytest
 from shoal.configs.errors import ConfigError, DataError
 from shoal.configs.study import BudgetConfig, TasksConfig
 from shoal.eval import evaluation
-from shoal.eval.compare import compare
+from shoal.eval.compare import check_conditions, check_reference_names, compare
 from shoal.eval.inputs import ArmInput, ExportInput, References
 from shoal.eval.report import write_report
 from shoal.eval.spending import cost_curve, describe_training, total_ledger
@@ -163,6 +163,75 @@ def test_arms_that_do_not_fit_are_refused(inputs, make_export):
         compare(**{**inputs, "tasks": TasksConfig(perplexity={"t": "absent.jsonl"})})
 
 
+def test_budget_without_context_is_measured_at_the_shortest(inputs, make_export, cache):
+    quick = TasksConfig(perplexity=inputs["tasks"].perplexity)
+    arm = ArmInput("only", "dense", [ExportInput(make_export("llama"))])
+    budgets = {"bytes": BudgetConfig(axis="resident_bytes", target=90_000)}
+    found = compare([arm], budgets, quick, cache=cache)
+    assert found["budgets"][0]["context"] == 64
+    assert found["arms"][0]["inference"]["conditions"]["context"] == 64
+
+
+TASKS = TasksConfig(perplexity={"text": "absent.jsonl"})
+
+
+@pytest.mark.parametrize(
+    ("budgets", "tasks", "cause", "where", "fix"),
+    [
+        (
+            {"work": {"axis": "active_flops_per_token", "context": 65}}, {},
+            "a context of 65 tokens is longer than the 64 of b", "budgets.work.context",
+            "budgets.work.context=64 in a study, --budget AXIS=TARGET,context=64 on the command",
+        ),
+        (
+            {"work": {"axis": "active_flops_per_token"}}, {"context": 100},
+            "longer than the 64 of b", "tasks.context", "`context: 64` in the file of --tasks",
+        ),
+        (
+            {"work": {"axis": "active_flops_per_token", "precision": "int8"}}, {},
+            "cannot be run at int8", "budgets.work.precision", "work.precision=fp32 or bf16",
+        ),
+        (
+            {"work": {"axis": "active_flops_per_token"},
+             "memory": {"axis": "resident_bytes", "precision": "int4"}}, {},
+            "cannot be run at int4", "budgets.memory.precision", "--budget AXIS=TARGET,precision=",
+        ),
+        (
+            {"work": {"axis": "active_flops_per_token"},
+             "speed": {"axis": "latency_ms", "precision": "int8"}}, {},
+            "cannot be run at int8", "budgets.speed.precision", "fp32 or bf16",
+        ),
+        (
+            {"memory": {"axis": "resident_bytes"},
+             "more": {"axis": "resident_bytes", "precision": "fp32"}}, {},
+            "different precisions", "budgets", "one precision",
+        ),
+    ],
+)  # fmt: skip
+def test_conditions_are_checked_before_there_are_models(budgets, tasks, cause, where, fix):
+    given = {key: BudgetConfig(target=1, **budget) for key, budget in budgets.items()}
+    with pytest.raises(ConfigError, match=cause) as caught:
+        check_conditions({"a": 128, "b": 64}, given, TASKS.model_copy(update=tasks))
+    assert caught.value.where == where
+    assert fix in caught.value.fix
+
+
+def test_conditions_that_can_be_met_pass():
+    budgets = {
+        "work": BudgetConfig(axis="active_flops_per_token", target=1, context=64),
+        "open": BudgetConfig(axis="resident_bytes", target=1),
+        "cache": BudgetConfig(axis="kv_bytes_per_token", target=1, precision="int8"),  # not run
+    }
+    check_conditions({"a": 128, "b": 64}, budgets, TASKS.model_copy(update={"context": 64}))
+
+
+@pytest.mark.parametrize("name", ["a", "unigram", "untrained"])
+def test_reference_of_a_taken_name_is_refused(name):
+    check_reference_names(["a", "b"], ["teacher"])
+    with pytest.raises(ConfigError, match=f"cannot be called '{name}'"):
+        check_reference_names(["a", "b"], ["teacher", name])
+
+
 def test_lone_foreign_export_is_reported(inputs, make_export, tmp_path):
     """`shoal compare` of one model: no formula, no ledger, no seed, no references."""
     arm = ArmInput("only", "dense", [ExportInput(make_export("gpt2"))])
@@ -199,14 +268,18 @@ def test_model_built_to_no_budget_is_held_to_all_as_limits(inputs, make_export, 
 
 def test_other_exports_stand_among_the_references(inputs, make_export, cache):
     quick = TasksConfig(perplexity=inputs["tasks"].perplexity)
-    arm = ArmInput("only", "dense", [ExportInput(make_export("llama"))])
+    arm = ArmInput("only", "distilled", [ExportInput(make_export("llama"))], teacher="teacher")
     given = References(untrained=make_export("llama", 9), others={"teacher": make_export("qwen3")})
     budgets = {"bytes": inputs["budgets"]["bytes"]}
-    rows = compare([arm], budgets, quick, references=given, cache=cache)["references"]
+    found = compare([arm], budgets, quick, references=given, cache=cache)
+    rows = found["references"]
     assert [(row["name"], row["kind"]) for row in rows] == [
         ("untrained", "reference"), ("teacher", "reference"),
     ]  # fmt: skip
     assert rows[0]["tasks"]["text"]["value"] != rows[1]["tasks"]["text"]["value"]
+    assert found["arms"][0]["teacher"] == "teacher"
+    assert any(s.startswith("teacher, the teacher of only, is") and "bits per byte on text" in s
+               for s in found["verdict"]["sentences"])  # fmt: skip
     with pytest.raises(ConfigError, match="cannot be called 'only'"):
         compare(
             [arm], budgets, quick, references=References(others={"only": arm.exports[0].folder})

@@ -152,9 +152,12 @@ def test_brainbench_tie_is_wrong(make_export, task_files):
     assert candidate.kind == "dense"
 
 
-def test_brainbench_agrees_with_published_perplexity_arithmetic():
-    """The prompt is the published one: 115 characters before the abstract."""
-    assert len(PROMPT) == 115
+def test_brainbench_prompt_is_the_published_one():
+    """Luo et al. 2024, Methods; one letter changed and accuracies compare with no paper."""
+    assert PROMPT == (
+        "You are a neuroscientist with deep knowledge in neuroscience. Here is an abstract from a "
+        "neuroscience publication: "
+    )
 
 
 def test_multiple_choice_scores_per_byte(make_export, task_files):

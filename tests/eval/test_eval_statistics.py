@@ -100,6 +100,13 @@ def test_detectable_difference_has_eighty_percent_power():
     assert statistics.detectable_difference([1.0, 1.0], [1.0, 1.0]) is None
 
 
+def test_detectable_difference_grows_with_the_pairs_that_p_is_adjusted_for():
+    noise = np.random.default_rng(5).normal(0, 1, 100)
+    alone, six = (statistics.detectable_difference(noise, np.ones(100), n) for n in (1, 6))
+    # (z_(1 - 0.05 / 12) + z_0.8) / (z_0.975 + z_0.8)
+    assert six / alone == pytest.approx((2.63826 + 0.84162) / (1.95996 + 0.84162), rel=1e-4)
+
+
 class BitsTask:
     name, metric, higher_is_better = "text", "bits_per_byte", False
 
@@ -132,6 +139,8 @@ def test_difference_beyond_seed_spread_is_decided():
     rows = compare_pairs(BitsTask, [bits_arm("a", [0.0, 0.1]), bits_arm("bb", [2.0, 2.1])])
     assert rows[0]["outcome"] == "a"  # fewer bits are better
     assert rows[0]["difference"] == pytest.approx(-0.02, abs=1e-3)
+    three = compare_pairs(BitsTask, [bits_arm(n, [0.0, 0.1]) for n in ("a", "bb", "ccc")])
+    assert three[0]["detectable_difference"] > rows[0]["detectable_difference"]
     low, high = rows[0]["ci95"]
     assert low <= rows[0]["difference"] <= high < 0
     assert [one["seed"] for one in rows[0]["per_seed"]] == [0, 1]

@@ -9,14 +9,16 @@ def measured(deviation, *, within, axis="resident_bytes", rule="match"):
     return {"axis": axis, "deviation": deviation, "within": within, "rule": rule}
 
 
-def verdict_arm(name, value, *, within=True, flops=1e6, size=1e6, seeds=2, budgets=None, own="b"):
+def verdict_arm(
+    name, value, *, within=True, flops=1e6, size=1e6, seeds=2, budgets=None, own="b", teacher=None
+):
     per_seed = [{"seed": seed, "value": value} for seed in range(seeds)]
     score = {
         "metric": "bits_per_byte", "higher_is_better": False, "value": value, "per_seed": per_seed,
     }  # fmt: skip
     budgets = budgets or {"b": measured(0.0 if within else 0.2, within=within)}
     return {
-        "name": name, "export": f"runs/{name}", "tasks": {"text": score},
+        "name": name, "teacher": teacher, "export": f"runs/{name}", "tasks": {"text": score},
         "matched": {"budget": own, **budgets[own]}, "budgets": budgets,
         "inference": {"flops_per_token": flops, "bytes_resident": size},
         "parameters": {"total": 1_000_000}, "training": {"tokens": 2e6},
@@ -93,6 +95,29 @@ def test_headline_claims_seeds_only_where_there_are_several():
     alone = reach_verdict(two_arms(seeds=1), pairs, UNIGRAM, "text")["headline"]
     assert "beyond the spread" not in alone
     assert "holds for these exports" in alone and "other seeds would change is unknown" in alone
+
+
+def test_what_items_could_show_names_the_pairs_p_is_adjusted_over():
+    arms = [verdict_arm(name, 1.0) for name in "abc"]
+    pairs = [verdict_pair(a, b, "undecided") for a, b in (("a", "b"), ("a", "c"), ("b", "c"))]
+    for given, adjusted in ((pairs, " and p adjusted over 3 pairs,"), (pairs[:1], ",")):
+        assert (
+            f"With 100 items{adjusted} a true difference of 0.0100 is told from chance over items "
+            "at least four times out of five; a smaller one is missed more often."
+        ) in reach_verdict(arms, given, [], "text")["sentences"]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(0.9, "better by 0.1000"), (1.05, "not better: the student is ahead by 0.0500")],
+)
+def test_teacher_among_the_references_is_set_beside_its_student(value, said):
+    arms = [verdict_arm("small", 1.0, teacher="big"), verdict_arm("other", 1.1)]
+    big = {"name": "big", "tasks": {"text": {"metric": "bits_per_byte", "value": value}}}
+    pairs = [verdict_pair("small", "other", "a")]
+    sentences = reach_verdict(arms, pairs, [big], "text")["sentences"]
+    assert f"big, the teacher of small, is {said} bits per byte on text (untested)." in sentences
+    assert not any("the teacher" in s for s in reach_verdict(arms, pairs, [], "text")["sentences"])
 
 
 def test_headline_names_only_rivals_that_could_win():
