@@ -34,7 +34,7 @@ def build_objective(config: ModelConfig, precision: str, device: torch.device) -
     kernels = choose_kernels(precision, device)
     model = Transformer(config, kernels)
     model.initialize(seed=0)
-    return Objective(model, loss_chunk_tokens=kernels.loss_chunk_tokens, moe=config.moe)
+    return Objective(model)
 
 
 def choose_kernels(precision: str, device: torch.device) -> Kernels:

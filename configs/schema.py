@@ -7,9 +7,11 @@ Corpora are in `corpus.py`, studies in `study.py`.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from shoal.configs.errors import ConfigError
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 ShareBelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -112,6 +114,21 @@ class ModelConfig(Section):
             raise ValueError(
                 "family gpt2 needs num_kv_heads = num_heads and head_dim x heads = width"
             )
+
+    def with_vocab(self, entries: int) -> ModelConfig:
+        """Return the model for a tokenizer of `entries`: its own vocabulary, or the next multiple.
+
+        Raises:
+            ConfigError: the vocabulary that is given is too small.
+        """
+        size = self.vocab_size or -(-entries // self.vocab_multiple) * self.vocab_multiple
+        if size < entries:
+            raise ConfigError(
+                f"vocab_size {size} is smaller than the tokenizer's {entries}",
+                where="model.vocab_size",
+                fix="leave it out: it is taken from the shards",
+            )
+        return self.model_copy(update={"vocab_size": size})
 
     @property
     def kv_heads(self) -> int:
@@ -259,6 +276,23 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     world: WorldConfig = WorldConfig()
     ledger: LedgerConfig = LedgerConfig()
+
+    def determinants(self) -> dict[str, Any]:
+        """Return what decides the result, `section.key` -> plain value.
+
+        Two runs that agree in these and read the same rows end in the same weights, but for the
+        order of floating-point sums; the rest says where, when and how fast.
+        """
+        tree = self.model_dump(mode="json")
+        free_in_train = {"zero_stage", "activation_checkpointing", "compile"}
+        if not (self.model.moe or self.model.dropout):  # these look at whole micro-batches
+            free_in_train.add("micro_batch_rows")
+        found = {"seed": self.seed, "data.document_mask": self.data.document_mask}
+        for section in ("model", "teacher", "optim", "train"):
+            for key, value in (tree[section] or {}).items():
+                if not (section == "train" and key in free_in_train):
+                    found[f"{section}.{key}"] = value
+        return found
 
     @property
     def step_tokens(self) -> int:

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Kernels:
-    """Resolved names, recorded in metrics and exports; never `auto`."""
+    """Resolved names, recorded in the metrics of every run; never `auto`."""
 
     attention: str
     experts: str
@@ -45,9 +45,7 @@ def resolve(config: KernelConfig, device: torch.device, dtype: torch.dtype) -> K
                 where="kernels.experts",
                 fix="kernels.experts=loop, or pip install --upgrade 'torch>=2.11'",
             )
-    kernels = Kernels(attention, experts, config.loss_chunk_tokens)
-    logger.info("kernels on %s in %s: %s", device, dtype, kernels)
-    return kernels
+    return Kernels(attention, experts, config.loss_chunk_tokens)
 
 
 def _try_grouped_mm(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -40,10 +40,10 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 
 ## Proof
 
-Before this folder existed, its weights were loaded by `transformers` and compared with the model
-that was trained, on real text in fp32: the largest difference between logits was
-{max_logit_difference:.1e} over {compared_tokens} tokens; greedy generation through the key-value
-cache and a tokenizer round trip agreed too. Weights are stored in {dtype}.
+Before this folder existed, its weights were loaded by `transformers` and compared with those of the
+model that was trained{rounding}, on real text and computed in fp32: the largest difference between
+logits was {max_logit_difference:.1e} over {compared_tokens} tokens; greedy generation through the
+key-value cache and a tokenizer round trip agreed too. Weights are stored in {dtype}.
 
 ## Limits
 
@@ -70,6 +70,7 @@ def render_card(config: ModelConfig, report: Mapping[str, Any], facts: Mapping[s
         context=config.context,
         shape=_table(_shape(config)),
         training=_table(_training(facts)),
+        rounding="" if report["dtype"] == "fp32" else f", rounded to {report['dtype']}",
         **report,
     )
 

@@ -25,6 +25,7 @@ from shoal.trainer.storage import digest, sync
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+BYTES_PER_PARAMETER = 4 * len(STATES)
 
 
 class StoredFile(BaseModel):

@@ -94,6 +94,7 @@ class Engine:
         sums: Tensor | None = None
         for index, batch in enumerate(batches):
             self._engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
+            batch = batch.to(self.device)
             objective, parts = self._engine(batch.inputs, batch.targets, batch.segments)
             self._engine.backward(objective * (self.num_ranks / tokens), scale_wrt_gas=False)
             sums = parts if sums is None else sums + parts
@@ -121,9 +122,10 @@ class Engine:
         self._engine.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batch in batches:
+            sums[1] += batch.real_tokens
+            batch = batch.to(self.device)
             _, parts = self._engine(batch.inputs, batch.targets, batch.segments)
             sums[0] += parts[0]
-            sums[1] += batch.real_tokens
         dist.all_reduce(sums)
         self._engine.train()
         return float(sums[0]), int(sums[1])

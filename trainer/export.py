@@ -7,7 +7,6 @@ from, and only then renamed into place. No pickle is read and no code of a folde
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from shoal.kernels.backend import Kernels
 from shoal.trainer.card import render_card
 from shoal.trainer.formats import export_config, export_tensors, import_config, import_tensors
 from shoal.trainer.model import Transformer
-from shoal.trainer.storage import sync
+from shoal.trainer.storage import digest, open_aside, sync
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -94,13 +93,14 @@ def export_model(
     if out.exists():
         raise ConfigError("exists already", where=out, fix="choose another folder, or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".partial-{os.getpid()}-{out.name}")
+    aside = open_aside(out)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
         _write(model, config, tokenizer.folder, aside, dtype, eot_id)
         report = _pass_gate(model, aside, tokenizer, sample_ids, dtype)
-        _write_json(aside / FACTS, {"export": asdict(report), **facts})
+        files = {file.name: digest(file) for file in sorted(aside.iterdir())}
+        _write_json(aside / FACTS, {"export": asdict(report), "files": files, **facts})
         (aside / "README.md").write_text(
             render_card(config, asdict(report), facts), encoding="utf-8"
         )
@@ -214,16 +214,54 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, proof: TokenizerProof) 
         )
 
 
+def read_facts(folder: Path) -> dict[str, Any]:
+    """Return shoal.json of an export of ours; nothing for other models.
+
+    Raises:
+        DataError: it is there and cannot be read.
+    """
+    file = folder / FACTS
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"cannot be read: {error}", where=file) from None
+
+
+def verify_export(folder: Path) -> dict[str, Any]:
+    """Hold an export of ours against the hashes in its shoal.json; return that file's content.
+
+    Models of others have no such file, and pass.
+
+    Raises:
+        DataError: a file is missing or altered, named.
+    """
+    facts = read_facts(folder)
+    for name, expected in (facts.get("files") or {}).items():
+        if not (folder / name).is_file():
+            raise DataError("is missing from the export", where=folder / name)
+        if digest(folder / name) != expected:
+            raise DataError(
+                "is not what was exported: its SHA-256 differs from the one in shoal.json",
+                where=folder / name,
+                fix="export it again; if you changed it on purpose, remove shoal.json",
+            )
+    return facts
+
+
 def open_pretrained(folder: Path, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
     """Load a causal language model from a folder on disk, every tensor accounted for.
 
     Raises:
-        DataError: it does not load, or its tensors are not those its config.json asks for.
+        DataError: it does not load, its tensors are not those its config.json asks for, or it is an
+            export of ours that was altered.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    verify_export(folder)
     shows_progress = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -271,11 +309,12 @@ def load_model(folder: Path, kernels: Kernels) -> tuple[Transformer, ModelConfig
     """Read a Hugging Face folder, ours or another's, as one of our models in fp32.
 
     Raises:
-        DataError: weights are not safetensors, a tensor is missing or spare, or the model computes
-            something ours cannot.
+        DataError: weights are not safetensors, a tensor is missing or spare, the model computes
+            something ours cannot, or it is an export of ours that was altered.
     """
     from transformers import AutoConfig
 
+    verify_export(folder)
     try:
         settled = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

@@ -1,4 +1,4 @@
-"""The ledger: an append-only record of what every segment of work cost, and its totals.
+"""The ledger: an append-only record of what every segment of work cost.
 
 One JSON line a segment. `scope` says who pays: `generic` work is done once for all domains,
 `specialization` once for each domain.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -25,7 +24,7 @@ class LedgerEntry(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["prepare", "tune", "train", "export", "evaluate"]
+    kind: Literal["prepare", "tune", "train", "export"]
     stage: str
     scope: Scope = "specialization"
     started: str
@@ -89,14 +88,3 @@ def read_ledger(path: Path) -> list[LedgerEntry]:
                 break
             raise DataError(f"line {number} is not a ledger entry: {error}", where=path) from None
     return entries
-
-
-def total(entries: Iterable[LedgerEntry]) -> dict[str, float]:
-    """Sum seconds, device-seconds, tokens and FLOPs."""
-    listed = list(entries)
-    return {
-        "seconds": sum(entry.seconds for entry in listed),
-        "device_seconds": sum(entry.device_seconds for entry in listed),
-        "tokens": sum(entry.tokens for entry in listed),
-        "flops": sum(entry.flops for entry in listed),
-    }

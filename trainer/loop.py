@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from shoal.configs.schema import RunConfig
 from shoal.data_pipeline.batch import Batch
 from shoal.trainer import checkpoint
 from shoal.trainer.engine import Engine
-from shoal.trainer.ledger import LedgerEntry, Scope, append_entry, now
+from shoal.trainer.ledger import LedgerEntry, append_entry, now
 from shoal.trainer.metrics import Metrics
 from shoal.trainer.optim import learning_rate
 
@@ -54,8 +54,8 @@ class RunFacts:
     ranks: int
     device: str
     training_flops_per_token: float
-    scope: Scope = "specialization"
-    kind: str = "train"
+    chosen: dict[str, str | int] = field(default_factory=dict)
+    """What `auto` came to: kernels, ZeRO stage; written to the metrics at every start."""
 
 
 def train(
@@ -72,8 +72,8 @@ def train(
 
     None where there was nothing left to do, or nothing to validate on.
 
-    `position` identifies the data (hashes and weights of the shards, as JSON values); it is stored
-    with every checkpoint, and a checkpoint of other data is refused.
+    `position` identifies the inputs (hashes and weights of the shards, hash of the teacher, as JSON
+    values); it is stored with every checkpoint, and a checkpoint of others is refused.
 
     Raises:
         StoppedOnRequest: a stop was asked for; a checkpoint of the last finished step is saved.
@@ -111,6 +111,9 @@ class _Training:
             start=self.step,
             active=facts.rank == 0,
         )
+        self.metrics.write(
+            "start", self.step, ranks=facts.ranks, device=facts.device, **facts.chosen
+        )
 
     def run(self) -> float | None:
         loss = None
@@ -143,7 +146,7 @@ class _Training:
             return 0
         folder, manifest = choice[0]
         check_same_run(manifest.run, self.config, where=folder)
-        check_same_rows(manifest.position, self.position, where=folder)
+        check_same_inputs(manifest.position, self.position, where=folder)
         checkpoint.load_checkpoint(self.engine, folder, manifest)
         return int(manifest.step)
 
@@ -153,7 +156,6 @@ class _Training:
         tokens = self._agree(sum(batch.real_tokens for batch in batches))
         self._seed_dropout(batches)
         lr = learning_rate(self.config.optim, self.step, self.config.steps)
-        batches = [batch.to(self.engine.device) for batch in batches]
         result = self.engine.train_step(batches, lr, tokens)
         loss = result.sums.cross_entropy / tokens
         if not math.isfinite(loss + result.grad_norm):
@@ -201,12 +203,11 @@ class _Training:
         """Make dropout a function of seed, step and rows, so that no random state needs saving."""
         if self.config.model.dropout:
             row = int(batches[0].row_ids[0]) if batches else 0
-            text = f"{self.config.seed} {self.step} {row}".encode()
-            torch.manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:7], "big"))
+            torch.manual_seed(dropout_seed(self.config.seed, self.step, row))
 
     def _validate(self, validation: Validation) -> float:
         begun = time.perf_counter()
-        nats, tokens = self.engine.evaluate([b.to(self.engine.device) for b in validation.batches])
+        nats, tokens = self.engine.evaluate(validation.batches)
         loss = nats / tokens
         self.metrics.write(
             "validation",
@@ -242,9 +243,9 @@ class _Training:
         append_entry(
             self.facts.folder / "ledger.jsonl",
             LedgerEntry(
-                kind=self.facts.kind,  # type: ignore[arg-type]
+                kind=self.config.ledger.kind,
                 stage=self.config.name,
-                scope=self.facts.scope,
+                scope=self.config.ledger.scope,
                 started=started,
                 seconds=seconds,
                 devices=self.facts.ranks,
@@ -266,18 +267,9 @@ class _Training:
         )
 
 
-# What may differ between a checkpoint and the run that continues it: where, how fast, on what.
-FREE_ON_RESUME = (
-    "output",
-    "prepare",
-    "data",
-    "world",
-    "checkpoint",
-    "validation",
-    "kernels",
-    "ledger",
-)
-FREE_IN_TRAIN = ("zero_stage", "activation_checkpointing", "compile")
+def dropout_seed(seed: int, step: int, row: int) -> int:
+    """Return the seed of a rank's dropout in one step: of the run, the step and its first row."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {step} {row}".encode()).digest()[:7], "big")
 
 
 def check_same_run(stored: dict[str, Any], config: RunConfig, where: Path) -> None:
@@ -287,43 +279,35 @@ def check_same_run(stored: dict[str, Any], config: RunConfig, where: Path) -> No
         ConfigError: naming the keys that differ.
     """
     # Read as a config of today: keys that are new since then have their defaults in both.
-    stored = build_config(RunConfig, stored, where=where).model_dump(mode="json")
-    ours = config.model_dump(mode="json")
-    differing = []
-    if stored["data"]["document_mask"] != ours["data"]["document_mask"]:
-        differing.append("data.document_mask")
-    for key in ours.keys() | stored.keys():
-        if key in FREE_ON_RESUME:
-            continue
-        old, new = stored.get(key), ours.get(key)
-        if key == "train" and isinstance(old, dict) and isinstance(new, dict):
-            names = (old.keys() | new.keys()) - set(FREE_IN_TRAIN)
-            differing += [f"train.{n}" for n in sorted(names) if old.get(n) != new.get(n)]
-        elif old != new:
-            differing.append(key)
+    theirs = build_config(RunConfig, stored, where=where).determinants()
+    ours = config.determinants()
+    differing = [k for k in sorted(theirs.keys() | ours.keys()) if theirs.get(k) != ours.get(k)]
+    if stored.get("name") != config.name:
+        differing.append("name")
     if differing:
         raise ConfigError(
-            f"this run was started with another {', '.join(sorted(differing))}",
+            f"this run was started with another {', '.join(differing)}",
             where=where,
             fix="give the changed run another name=, or restore the old values",
         )
 
 
-def check_same_rows(stored: Mapping[str, Any], position: Mapping[str, Any], where: Path) -> None:
-    """Refuse a checkpoint of other shards than those at hand.
+def check_same_inputs(stored: Mapping[str, Any], position: Mapping[str, Any], where: Path) -> None:
+    """Refuse a checkpoint of other shards, or of another teacher, than those at hand.
 
     Args:
         stored: `position` of the checkpoint.
-        position: Hashes and weights of the shards, as now opened.
+        position: Hashes and weights of the shards, hash of the teacher, as now opened.
         where: The checkpoint.
 
     Raises:
         DataError: they are not the same.
     """
-    known = {key: stored.get(key) for key in position}
-    if known != position:
-        raise DataError(
-            f"was trained on other rows: {known}, now {dict(position)}",
-            where=where,
-            fix="point data.train at the shards the run was started with",
-        )
+    for key, now_there in position.items():
+        if stored.get(key) != now_there:
+            what = "by another teacher" if key == "teacher" else "on other rows"
+            raise DataError(
+                f"was trained {what}: {stored.get(key)}, now {now_there}",
+                where=where,
+                fix="point data.train and teacher.path at what the run was started with",
+            )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from shoal.configs.schema import MoEConfig, TeacherConfig
+from shoal.configs.schema import TeacherConfig
 from shoal.data_pipeline.batch import IGNORE
 from shoal.kernels.loss import chunked_loss
 from shoal.trainer.model import Transformer
@@ -63,18 +63,9 @@ class Objective(nn.Module):
     The loss is computed inside `forward`, where ZeRO-3 has the head's weight gathered.
     """
 
-    def __init__(
-        self,
-        model: Transformer,
-        *,
-        loss_chunk_tokens: int,
-        moe: MoEConfig | None = None,
-        teacher: Teacher | None = None,
-    ) -> None:
+    def __init__(self, model: Transformer, teacher: Teacher | None = None) -> None:
         super().__init__()
         self.model = model
-        self.moe = moe
-        self.loss_chunk_tokens = loss_chunk_tokens
         self._teacher = [teacher] if teacher else []
 
     @property
@@ -95,18 +86,19 @@ class Objective(nn.Module):
             hidden.states.flatten(0, 1),
             self.model.head_weight,
             targets.flatten(),
-            self.loss_chunk_tokens,
+            self.model.kernels.loss_chunk_tokens,
             **self._teacher_terms(teacher, inputs, segments),
         )
         parts = [sums.cross_entropy.detach()[None], sums.distillation.detach()[None]]
-        if not (self.moe and hidden.router):
+        moe = self.model.config.moe
+        if not (moe and hidden.router):
             return sums.total, torch.cat([*parts, sums.total.new_zeros(NUM_SUMS - 2)])
         mask = targets.flatten() != IGNORE
         tokens = mask.sum() / len(hidden.router)
-        balance = tokens * sum(balance_loss(r, mask, self.moe.num_experts) for r in hidden.router)
+        balance = tokens * sum(balance_loss(r, mask, moe.num_experts) for r in hidden.router)
         router_z = tokens * sum(z_loss(r, mask) for r in hidden.router)
         load = tokens * sum(expert_load(r, mask) for r in hidden.router)
-        objective = sums.total + self.moe.balance_weight * balance + self.moe.z_weight * router_z
+        objective = sums.total + moe.balance_weight * balance + moe.z_weight * router_z
         router = torch.stack([balance, router_z]).detach()
         return objective, torch.cat([*parts, router, load.detach()])
 

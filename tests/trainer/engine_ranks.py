@@ -91,7 +91,7 @@ def count_tokens(step: int) -> int:
 def build(kind: str, seed: int = 0, kernels: Kernels = KERNELS) -> Objective:
     model = Transformer(shape(kind), kernels)
     model.initialize(seed)
-    return Objective(model, loss_chunk_tokens=8, moe=shape(kind).moe)
+    return Objective(model)
 
 
 def build_engine(case: dict[str, Any], ranks: int) -> Engine:

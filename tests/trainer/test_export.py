@@ -19,7 +19,14 @@ from shoal.configs.schema import ModelConfig
 from shoal.data_pipeline.tokenizer import Tokenizer
 from shoal.kernels.backend import Kernels
 from shoal.trainer import export
-from shoal.trainer.export import GateError, TokenizerProof, export_model, load_model
+from shoal.trainer.export import (
+    GateError,
+    TokenizerProof,
+    export_model,
+    load_model,
+    open_pretrained,
+    verify_export,
+)
 from shoal.trainer.model import Transformer
 
 CONTEXT = 32
@@ -201,6 +208,7 @@ def test_a_kill_while_exporting_leaves_nothing_that_looks_complete(
     assert not out.exists()
     write(build("llama", tokenizer), tokenizer, out)
     assert (out / "shoal.json").is_file()
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
 # Reading models of others.
@@ -225,9 +233,30 @@ def test_what_ours_cannot_compute_is_refused(
     write(build("llama", tokenizer), tokenizer, tmp_path / "out")
     file = tmp_path / "out/config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    (tmp_path / "out/shoal.json").unlink()  # as if another had made it
     with pytest.raises(DataError, match=message) as caught:
         load_model(tmp_path / "out", KERNELS)
     assert str(tmp_path / "out") in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_an_altered_export_is_refused_by_every_way_in(
+    name: str, tokenizer: Path, tmp_path: Path
+) -> None:
+    write(build("llama", tokenizer), tokenizer, tmp_path / "out")
+    verify_export(tmp_path / "out")
+    file = tmp_path / "out" / name
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1  # inside the weights it would load without a word
+    file.write_bytes(data)
+    for enter in (
+        lambda: verify_export(tmp_path / "out"),
+        lambda: load_model(tmp_path / "out", KERNELS),
+        lambda: open_pretrained(tmp_path / "out", torch.float32),
+    ):
+        with pytest.raises(DataError, match="not what was exported") as caught:
+            enter()
+        assert caught.value.where == str(file)
 
 
 def test_pickled_or_broken_weights_are_never_read(tokenizer: Path, tmp_path: Path) -> None:
@@ -235,6 +264,7 @@ def test_pickled_or_broken_weights_are_never_read(tokenizer: Path, tmp_path: Pat
     weights = tmp_path / "out/model.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[: len(data) // 2])
+    (tmp_path / "out/shoal.json").unlink()
     with pytest.raises(DataError, match="cannot be read"):
         load_model(tmp_path / "out", KERNELS)
     weights.rename(tmp_path / "out/pytorch_model.bin")

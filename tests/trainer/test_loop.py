@@ -13,10 +13,16 @@ from rank_groups import free_port, rank_environment
 
 from shoal.configs.errors import ConfigError, DataError, StoppedOnRequest
 from shoal.kernels.backend import Kernels
-from shoal.trainer import checkpoint, loop
+from shoal.trainer import checkpoint
 from shoal.trainer.engine import start_process_group, stop_process_group
-from shoal.trainer.ledger import read_ledger, total
-from shoal.trainer.loop import NonFiniteLossError, Validation, check_same_run
+from shoal.trainer.ledger import read_ledger
+from shoal.trainer.loop import (
+    NonFiniteLossError,
+    Validation,
+    check_same_inputs,
+    check_same_run,
+    dropout_seed,
+)
 from shoal.trainer.metrics import read_metrics
 from shoal.trainer.model import Transformer
 
@@ -137,18 +143,8 @@ def test_dropout_on_ranks_without_rows_survives_a_resume(ranks, tmp_path):
 
 def test_dropout_is_a_function_of_seed_step_and_rows(whole):
     assert curve(whole("dropout")[0]) != curve(whole("dense")[0])
-    training = object.__new__(loop._Training)
-
-    def draw(seed, step, rows):
-        config = engine_ranks.run_config(make_case("x", kind="dropout"))
-        training.config, training.step = config.model_copy(update={"seed": seed}), step
-        torch.rand(3)  # whatever came before
-        training._seed_dropout(engine_ranks.microbatches(rows, 0, 1))
-        return tuple(torch.rand(4).tolist())
-
-    assert draw(0, 0, 0) == draw(0, 0, 0)
     places = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]  # rows come back in a second epoch
-    assert len({draw(*place) for place in places}) == len(places)
+    assert len({dropout_seed(*place) for place in places}) == len(places)
 
 
 def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(whole, tmp_path, capsys):
@@ -247,6 +243,7 @@ CHANGES = {
 FREE = {
     "ranks": {"world": {"ranks": 7}},
     "stage": {"train": {"zero_stage": 3}},
+    "portions": {"train": {"micro_batch_rows": 7}},
     "recomputation": {"train": {"activation_checkpointing": True}},
     "compilation": {"train": {"compile": True}},
     "kernels": {"kernels": {"attention": "reference"}},
@@ -282,6 +279,21 @@ def test_what_gives_the_same_result_may_change(name, tmp_path):
     check_same_run(config.model_dump(mode="json"), changed(config, FREE[name]), where=tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["dropout", "moe"])
+def test_portions_may_not_change_where_the_result_depends_on_them(kind, tmp_path):
+    config = engine_ranks.run_config(make_case(tmp_path / "run", kind=kind))
+    other = changed(config, FREE["portions"])
+    with pytest.raises(ConfigError, match=r"another train\.micro_batch_rows"):
+        check_same_run(config.model_dump(mode="json"), other, where=tmp_path)
+
+
+def test_another_teacher_of_the_same_name_is_refused(tmp_path):
+    stored = {"streams": [["a", 1.0]], "teacher": {"model.safetensors": "old"}}
+    check_same_inputs(stored, {"streams": [["a", 1.0]]}, where=tmp_path)  # as an export asks
+    with pytest.raises(DataError, match="another teacher"):
+        check_same_inputs(stored, stored | {"teacher": {"model.safetensors": "new"}}, tmp_path)
+
+
 def test_the_loop_itself_refuses_another_rate_and_other_rows(tmp_path):
     folder = tmp_path / "run"
     position = {"streams": [["hash a", 1.0], ["hash b", 0.25]]}
@@ -308,13 +320,16 @@ def test_metrics_hold_every_step_once_after_a_kill(whole, tmp_path):
         file.write('{"kind": "train", "step": 6, "lo')
     assert run(folder, every_steps=2)["error"] is None
     records = read_metrics(folder / "metrics.jsonl")
-    assert [r["step"] for r in records] == list(range(1, STEPS + 1))
+    assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, STEPS + 1))
+    assert [r["step"] for r in records if r["kind"] == "start"] == [0, 4]
     assert curve(folder) == curve(straight)
 
 
 def test_records_say_what_was_done(whole):
     folder, _ = whole("moe")
-    for record in read_metrics(folder / "metrics.jsonl"):
+    start, *steps = read_metrics(folder / "metrics.jsonl")
+    assert start == {"kind": "start", "step": 0, "ranks": 1, "device": "cpu"}
+    for record in steps:
         step = record["step"]
         assert record["tokens"] == step * ROWS * CONTEXT and record["seconds"] > 0
         real = engine_ranks.count_tokens(step - 1)
@@ -333,11 +348,10 @@ def test_ledger_entries_add_up_to_the_steps(tmp_path):
     entries = read_ledger(folder / "ledger.jsonl")
     notes = [f"steps {a} to {b}" for a, b in ((0, 2), (2, 3), (3, 4), (4, 6))]
     assert [entry.note for entry in entries] == notes
-    sums = total(entries)
-    assert sums["tokens"] == STEPS * ROWS * CONTEXT
-    assert sums["flops"] == sums["tokens"] * engine_ranks.FLOPS_PER_TOKEN
-    spent = sum(curve(folder, key="seconds").values())
-    assert sums["device_seconds"] == sums["seconds"] >= spent
+    tokens = sum(e.tokens for e in entries)
+    assert tokens == STEPS * ROWS * CONTEXT
+    assert sum(e.flops for e in entries) == tokens * engine_ranks.FLOPS_PER_TOKEN
+    assert sum(e.seconds for e in entries) >= sum(curve(folder, key="seconds").values())
     assert all(e.kind == "train" and e.stage == "run" and e.devices == 1 for e in entries)
 
 

@@ -48,7 +48,7 @@ def make_distilled(share, temperature=2.0):
         make_model(9, width=48), TeacherConfig(path="x", temperature=temperature, weight=share)
     )
     student = make_model(1)
-    return Objective(student, loss_chunk_tokens=5, teacher=teacher), teacher
+    return Objective(student, teacher), teacher
 
 
 def spell_out(objective, teacher, share, temperature, rows):
@@ -87,7 +87,7 @@ def test_distillation_equals_torch(share, temperature):
 
 def test_shares_at_the_ends_are_one_term_alone():
     rows = make_rows()
-    plain = Objective(make_model(1), loss_chunk_tokens=5)
+    plain = Objective(make_model(1))
     objective, _ = make_distilled(0.0)
     assert torch.equal(objective(*rows)[0], plain(*rows)[0])
     taught, _ = make_distilled(1.0)
@@ -122,7 +122,7 @@ def test_validation_does_not_ask_the_teacher():
 @pytest.mark.parametrize("taught", [False, True])
 def test_the_loss_is_a_sum_over_tokens(taught):
     """Rows one at a time, with different numbers of real targets, add up to the whole."""
-    objective = make_distilled(0.5)[0] if taught else Objective(make_model(1), loss_chunk_tokens=5)
+    objective = make_distilled(0.5)[0] if taught else Objective(make_model(1))
     inputs, targets, segments = make_rows()
     loss, sums = objective(inputs, targets, segments)
     whole = gradients(objective, loss)
@@ -137,7 +137,7 @@ def test_the_loss_is_a_sum_over_tokens(taught):
 
 
 def test_padded_rows_change_nothing():
-    for objective in (Objective(make_model(1), loss_chunk_tokens=5), make_routed()):
+    for objective in (Objective(make_model(1)), make_routed()):
         inputs, targets, segments = make_rows()
         _, sums = objective(inputs, targets, segments)
         pad = torch.cat([inputs, torch.full_like(inputs[:2], 3)])
@@ -152,7 +152,7 @@ def test_padded_rows_change_nothing():
 
 def make_routed(**more):
     moe = MoEConfig(num_experts=4, active_experts=2, hidden=16, **more)
-    return Objective(make_model(2, moe=moe), loss_chunk_tokens=5, moe=moe)
+    return Objective(make_model(2, moe=moe))
 
 
 def test_router_terms_are_means_over_layers_times_tokens():
@@ -188,7 +188,7 @@ def test_router_terms_pull_the_router():
 
 
 def test_dense_models_have_no_router_terms():
-    _, sums = Objective(make_model(1), loss_chunk_tokens=5)(*make_rows())
+    _, sums = Objective(make_model(1))(*make_rows())
     assert sums.shape == (NUM_SUMS,) and not sums[1:].any()
     assert LossSums.from_vector(sums).expert_load == ()
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from shoal.configs.errors import DataError
-from shoal.trainer.ledger import LedgerEntry, append_entry, now, read_ledger, total
+from shoal.trainer.ledger import LedgerEntry, append_entry, now, read_ledger
 from shoal.trainer.metrics import Metrics, read_metrics
 
 
@@ -22,12 +22,6 @@ def test_entries_come_back_as_they_were(tmp_path):
         append_entry(path, entry)
     assert read_ledger(path) == entries
     assert [json.loads(line)["device_seconds"] for line in path.read_text().splitlines()] == [4, 2]
-
-
-def test_totals_by_hand():
-    found = total([make_entry(devices=3, tokens=5, flops=2.0), make_entry(seconds=1.5, tokens=1)])
-    assert found == {"seconds": 3.5, "device_seconds": 7.5, "tokens": 6, "flops": 2.0}
-    assert total([]) == {"seconds": 0, "device_seconds": 0, "tokens": 0, "flops": 0}
 
 
 @pytest.mark.parametrize("left", [1, 20, -3])
