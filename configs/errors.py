@@ -6,6 +6,9 @@ Commands print exactly that and exit; anything else that escapes is a bug and ex
 
 from __future__ import annotations
 
+import errno
+import os
+
 
 class ShoalError(Exception):
     """Base of every deliberate error; `exit_code` is what the process returns."""
@@ -48,6 +51,32 @@ class PreflightError(ShoalError):
     """The machine or a host cannot run this: library absent, port taken, disk too small."""
 
     exit_code = 4
+
+
+MACHINE_ERRORS = {
+    errno.ENOSPC: "free some space, or write elsewhere (output=FOLDER)",
+    errno.EDQUOT: "free some of your quota, or write elsewhere (output=FOLDER)",
+    errno.EROFS: "write elsewhere (output=FOLDER)",
+    errno.EACCES: "check who owns it",
+    errno.EPERM: "check who owns it",
+    errno.EMFILE: "raise the limit of open files: ulimit -n",
+}
+
+
+def explain_machine_error(error: BaseException) -> PreflightError | None:
+    """Return what a full disk, a missing permission or the like means; None for other errors.
+
+    Libraries that write files in other languages raise classes of their own: those are told by
+    the operating system's words in their text.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None:
+        text = str(error)
+        number = next((n for n in MACHINE_ERRORS if f"(os error {n})" in text), None)
+    if number not in MACHINE_ERRORS:
+        return None
+    where = getattr(error, "filename", None)
+    return PreflightError(os.strerror(number), where=where, fix=MACHINE_ERRORS[number])
 
 
 class StoppedOnRequest(ShoalError):

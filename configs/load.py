@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from shoal.configs.errors import ConfigError
+from shoal.configs.schema import RunConfig
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
@@ -32,7 +33,13 @@ class _Loader(yaml.SafeLoader):
         """Build a mapping; a key given twice is an error, not a silent last-one-wins."""
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *other` may repeat what it merges
+                continue
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key cannot be a mapping or a list", key_node.start_mark
+                )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key!r} is given twice", key_node.start_mark
@@ -75,6 +82,21 @@ def load_config(kind: type[ConfigT], path: str | Path, overrides: Iterable[str] 
     return build_config(kind, tree, where=file)
 
 
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's config; the corpus config that its file names is looked for beside it first.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    config = load_config(RunConfig, path, overrides)
+    if config.prepare is None or any(given.startswith("prepare=") for given in overrides):
+        return config
+    beside = find_config(path).parent / config.prepare
+    if not beside.is_file() or SHIPPED in beside.resolve().parents:  # shipped ones have names
+        return config
+    return config.model_copy(update={"prepare": str(beside)})
+
+
 def build_config(kind: type[ConfigT], tree: Mapping[str, Any], where: object) -> ConfigT:
     """Check a plain tree against `kind`; every problem is named with its full key."""
     try:
@@ -90,7 +112,7 @@ def read_tree(file: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError("extends itself", where=file)
     try:
         tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"not readable as YAML: {error}", where=file) from None
     if not isinstance(tree, dict):
         raise ConfigError("expected `key: value` lines at the top level", where=file)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,9 @@ from typing import Any
 from shoal.configs.errors import ConfigError
 from shoal.configs.load import build_config, merge
 from shoal.configs.schema import ModelConfig, RunConfig
-from shoal.configs.study import ArmConfig, StudyConfig
+from shoal.configs.study import ArmConfig, BudgetConfig, MatchConfig, StudyConfig
 
 STAGE_FORMAT = 1  # raise when the same config would give another result than before
-
-# Sections that say where, when and how fast, but not what comes out.
-WITHOUT_EFFECT = (
-    "name", "output", "prepare", "world", "checkpoint", "validation", "ledger", "data",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,6 +46,7 @@ class CorpusFacts:
     train: Path
     validation: Path
     shards_hash: str
+    validation_hash: str
     vocab_size: int
     """Entries of the tokenizer."""
 
@@ -60,31 +55,41 @@ def settle_arms(study: StudyConfig, corpus: CorpusFacts) -> list[Arm]:
     """Give every support run and arm its shape, solved to its budget where it is matched.
 
     Raises:
-        ConfigError: a key is unknown, or no shape meets a budget (the nearest is named).
+        ConfigError: a key is unknown, no shape meets a budget (the nearest is named), or the
+            comparison could not be made under the conditions asked for.
     """
-    from shoal.eval.budget import solve_shape
+    from shoal.eval.budget import resolve_contexts
+    from shoal.eval.compare import check_conditions
 
+    bases = {
+        name: _base_config(study, config, corpus, name)
+        for name, config in (*study.support.items(), *study.arms.items())
+    }
+    contexts = {name: bases[name].model.context for name in study.arms}
+    check_conditions(contexts, study.budgets, study.tasks)
+    budgets = resolve_contexts(study.budgets, contexts.values())
+    for name in study.arms:
+        _check_equal_training(study, bases[name], corpus, name)
     arms = []
     for shared, group in ((True, study.support), (False, study.arms)):
         for name, config in group.items():
-            run = _base_config(study, config, corpus, name)
-            if not shared:
-                _check_equal_training(study, run, corpus, name)
-            size = run.model.vocab_size or corpus.vocab_size
-            size = math.ceil(size / run.model.vocab_multiple) * run.model.vocab_multiple
-            model = run.model.model_copy(update={"vocab_size": size})
+            model = bases[name].model.with_vocab(corpus.vocab_size)
             if config.match:
-                budget = study.budgets[config.match.budget]
-                try:
-                    model = solve_shape(model, budget, config.match)
-                except ConfigError as error:
-                    raise ConfigError(
-                        error.cause,
-                        where=f"arm {name}, budget {config.match.budget}",
-                        fix=error.fix,
-                    ) from None
+                model = _solve(model, budgets, config.match, name)
             arms.append(Arm(name, config, model, shared))
     return arms
+
+
+def _solve(
+    model: ModelConfig, budgets: Mapping[str, BudgetConfig], match: MatchConfig, name: str
+) -> ModelConfig:
+    from shoal.eval.budget import solve_shape
+
+    try:
+        return solve_shape(model, budgets[match.budget], match)
+    except ConfigError as error:
+        where = f"arm {name}, budget {match.budget}"
+        raise ConfigError(error.cause, where=where, fix=error.fix) from None
 
 
 # What an arm may have of its own: its shape, and how its passes are cut up and sharded.
@@ -191,11 +196,12 @@ class RunPlanner:
         return config.model_copy(update={"name": name})
 
     def _key(self, config: RunConfig) -> str:
-        """Hash of everything that determines the run's result."""
-        tree = config.model_dump(mode="json", exclude=set(WITHOUT_EFFECT))
-        tree["document_mask"] = config.data.document_mask
+        """Hash of everything that determines the run's result; of a trial that is a loss."""
+        tree = config.determinants()
         tree["shards"] = self.corpus.shards_hash
         tree["format"] = STAGE_FORMAT
+        if config.ledger.kind == "tune":
+            tree["validation"] = [self.corpus.validation_hash, config.validation.max_rows]
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:10]
 
 

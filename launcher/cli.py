@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from shoal.configs.errors import ConfigError, ShoalError
+from shoal.configs.errors import ShoalError
 
 app = typer.Typer(
     help="Give Shoal a corpus and an inference budget; it trains every candidate that fits and "
@@ -24,8 +24,8 @@ app = typer.Typer(
 shards_app = typer.Typer(help="Look at shards and check them.", no_args_is_help=True)
 app.add_typer(shards_app, name="shards", rich_help_panel="Look")
 
-PRECISIONS = ("fp32", "bf16", "int8", "int4")
-SCORED_PRECISIONS = ("fp32", "bf16")
+Precision = Literal["fp32", "bf16", "int8", "int4"]
+Trained = Literal["fp32", "bf16"]
 Config = Annotated[
     str, typer.Argument(metavar="CONFIG", help="YAML file, or the name of a shipped config.")
 ]
@@ -110,9 +110,9 @@ def demo(
 
     [dim]shoal demo[/dim]
     """
-    from shoal.launcher.study import demo as run_demo
+    from shoal.launcher.study import DEMO, run_study
 
-    run_demo(overrides or ())
+    run_study(DEMO, overrides or ())
 
 
 @app.command(rich_help_panel="Do")
@@ -149,33 +149,30 @@ def evaluate(
     tasks: Annotated[
         Path, typer.Option(metavar="YAML", help="What to score, as in a study's `tasks`.")
     ],
-    precision: Annotated[str, typer.Option(help="fp32 or bf16 weights.")] = "bf16",
+    precision: Annotated[Trained, typer.Option(help="Weights are rounded to it.")] = "bf16",
 ) -> None:
     """Score one model on tasks: an export of ours, or any Hugging Face folder.
 
     [dim]shoal evaluate export/default --tasks tasks.yaml[/dim]
     """
-    _check_choice("--precision", precision, SCORED_PRECISIONS)
     from shoal.configs.load import load_config
     from shoal.configs.study import TasksConfig
-    from shoal.launcher.tables import progress_bars, scores_table, show
+    from shoal.launcher.tables import show
+    from shoal.launcher.verdict import score_export
 
-    with progress_bars() as progress:
-        table = scores_table(export, load_config(TasksConfig, tasks), precision, progress)
-    show(table)
+    show(score_export(export, load_config(TasksConfig, tasks), precision))
 
 
 @app.command(rich_help_panel="Do")
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a run, for example runs/default.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16: precision of the weights.")] = "fp32",
+    dtype: Annotated[Trained, typer.Option(help="Precision of the weights.")] = "fp32",
 ) -> None:
     """Write a run's newest checkpoint as a Hugging Face folder, proven equal before it exists.
 
     [dim]shoal export runs/default export/default --dtype bf16[/dim]
     """
-    _check_choice("--dtype", dtype, ("fp32", "bf16"))
     from shoal.launcher.exports import export_run
 
     report = export_run(run, out, dtype)
@@ -204,7 +201,7 @@ def generate(
 def plan(
     config: Config,
     overrides: Overrides = None,
-    precision: Annotated[str, typer.Option(help="fp32, bf16, int8 or int4.")] = "bf16",
+    precision: Annotated[Precision, typer.Option(help="Of weights and cache.")] = "bf16",
     context: Annotated[int | None, typer.Option(min=1, help="Tokens; default: the row's.")] = None,
 ) -> None:
     """Show shape, memory and FLOPs of the model a config describes; nothing is started.
@@ -212,13 +209,11 @@ def plan(
     [dim]shoal plan pretrain_dense.yaml model.vocab_size=50304[/dim]
     [dim]shoal plan pretrain_moe.yaml --precision int8 --context 4096[/dim]
     """
-    _check_choice("--precision", precision, PRECISIONS)
-    from shoal.configs.load import load_config
-    from shoal.configs.schema import RunConfig
+    from shoal.configs.load import load_run
     from shoal.launcher.plan import shape_table
     from shoal.launcher.tables import show
 
-    loaded = load_config(RunConfig, config, overrides or ())
+    loaded = load_run(config, overrides or ())
     show(shape_table(loaded, context or loaded.model.context, precision))
 
 
@@ -290,11 +285,6 @@ def show_shards(
     from shoal.launcher.tables import shards_table, show
 
     show(shards_table(folder))
-
-
-def _check_choice(option: str, given: str, allowed: tuple[str, ...]) -> None:
-    if given not in allowed:
-        raise ConfigError(f"{given!r} is none of {', '.join(allowed)}", where=option)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -15,6 +15,7 @@ from shoal.launcher.training import CONFIG_FILE, Corpus, open_corpus, read_run
 
 if TYPE_CHECKING:
     from shoal.data_pipeline.shards import Rows
+    from shoal.trainer.checkpoint import Manifest
     from shoal.trainer.export import ExportReport
     from shoal.trainer.model import Transformer
 
@@ -44,45 +45,23 @@ def export_run(
         DataError: no checkpoint, none that verifies, or the shards are not those of the run.
         GateError: what was written does not agree with the model.
     """
-    from shoal.trainer.checkpoint import TensorReader, newest_checkpoint
+    from shoal.trainer.checkpoint import TensorReader
     from shoal.trainer.ledger import LedgerEntry, append_entry, now
-    from shoal.trainer.loop import check_same_rows
+    from shoal.trainer.loop import check_same_inputs
     from shoal.trainer.model import Transformer
 
     if out.exists():
         raise ConfigError("exists already", where=out, fix="choose another folder, or remove it")
     started, begun = now(), time.monotonic()
-    found = newest_checkpoint(run / "checkpoints", warn=warn)
-    if found is None:
-        raise DataError("has no checkpoint yet", where=run, fix=f"shoal train {run / CONFIG_FILE}")
-    folder, manifest = found
+    data = read_run(run).data
+    folder, manifest, config = _find_trained(run, complete, warn)
     # What was trained is what the checkpoint says; config.yaml tells where the shards are now.
-    config = build_config(RunConfig, manifest.run, where=folder)
-    if complete and manifest.step != config.steps:
-        raise DataError(
-            f"the newest whole checkpoint is step {manifest.step} of {config.steps}",
-            where=run,
-            fix=f"train the rest: shoal train {run / CONFIG_FILE}",
-        )
-    corpus = open_corpus(config.model_copy(update={"data": read_run(run).data}))
-    check_same_rows(manifest.position, corpus.identity(), where=folder)
+    corpus = open_corpus(config.model_copy(update={"data": data}))
+    check_same_inputs(manifest.position, corpus.identity(), where=folder)
     reader = TensorReader(folder, manifest)
     model = Transformer(config.model, _cpu_kernels())
     model.load_state_dict({name: reader.read(name) for name in manifest.tensors})
-    facts = {
-        "name": config.name,
-        "run": config.model_dump(mode="json"),
-        "step": manifest.step,
-        "tokens": manifest.step * config.step_tokens,
-        "validation": _last_validation(run, manifest.step),
-        "provenance": {
-            "config_hash": config_hash(config, without=("output", "world")),
-            "shards_hash": corpus.manifest.shards_hash,
-            "checkpoint": folder.name,
-            "seed": config.seed,
-            "command": f"shoal train {run / CONFIG_FILE}",
-        },
-    }
+    facts = _describe_run(run, config, manifest.step, corpus.manifest.shards_hash)
     report = _export(model, config.model, corpus, out, facts, dtype)
     entry = LedgerEntry(
         kind="export",
@@ -93,6 +72,46 @@ def export_run(
     )
     append_entry(run / "ledger.jsonl", entry)
     return report
+
+
+def _find_trained(
+    run: Path, complete: bool, warn: Callable[[str], None]
+) -> tuple[Path, Manifest, RunConfig]:
+    """Return a run's newest whole checkpoint, its manifest and the config it was trained with."""
+    from shoal.trainer.checkpoint import newest_checkpoint
+
+    found = newest_checkpoint(run / "checkpoints", warn=warn)
+    if found is None:
+        raise DataError("has no checkpoint yet", where=run, fix=f"shoal train {run / CONFIG_FILE}")
+    folder, manifest = found
+    config = build_config(RunConfig, manifest.run, where=folder)
+    if complete and manifest.step != config.steps:
+        raise DataError(
+            f"the newest whole checkpoint is step {manifest.step} of {config.steps}",
+            where=run,
+            fix=f"train the rest: shoal train {run / CONFIG_FILE}",
+        )
+    return folder, manifest, config
+
+
+def _describe_run(run: Path, config: RunConfig, step: int, shards_hash: str) -> dict[str, Any]:
+    """Return what an export says of the run it comes from."""
+    from shoal.trainer.checkpoint import checkpoint_name
+
+    return {
+        "name": config.name,
+        "run": config.model_dump(mode="json"),
+        "step": step,
+        "tokens": step * config.step_tokens,
+        "validation": _last_validation(run, step),
+        "provenance": {
+            "config_hash": config_hash(config, without=("output", "world")),
+            "shards_hash": shards_hash,
+            "checkpoint": checkpoint_name(step),
+            "seed": config.seed,
+            "command": f"shoal train {run / CONFIG_FILE}",
+        },
+    }
 
 
 def export_untrained(shape: ModelConfig, seed: int, corpus: Corpus, out: Path) -> None:

@@ -18,7 +18,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from shoal.configs import errors
-from shoal.configs.errors import ConfigError, ShoalError, StoppedOnRequest
+from shoal.configs.errors import (
+    ConfigError,
+    ShoalError,
+    StoppedOnRequest,
+    explain_machine_error,
+)
+from shoal.trainer.storage import write_text
 
 FOLDER_VARIABLE = "SHOAL_OUTCOMES"
 PARENT_VARIABLE = "SHOAL_LAUNCHER"
@@ -59,6 +65,7 @@ class Outcome:
 
 def describe(error: BaseException, rank: int) -> Outcome:
     """Return the outcome of a rank that ends with `error`; bugs keep their traceback."""
+    error = explain_machine_error(error) or error
     kind, host, ended = type(error).__name__, socket.gethostname(), time.time()
     if isinstance(error, ShoalError):
         return Outcome(
@@ -90,13 +97,13 @@ def report_outcome(work: Callable[[], None]) -> int:
             "[CONFIG] [key=value ...]",
         )
     folder, rank = Path(os.environ[FOLDER_VARIABLE]), int(os.environ["RANK"])
-    _write(folder / f"rank-{rank}.pid", str(os.getpid()))
+    write_text(folder / f"rank-{rank}.pid", str(os.getpid()))
     try:
         work()
         outcome = Outcome("done", rank, socket.gethostname(), time.time())
     except (Exception, KeyboardInterrupt) as error:
         outcome = describe(error, rank)
-    _write(folder / f"rank-{rank}.json", json.dumps(asdict(outcome)))
+    write_text(folder / f"rank-{rank}.json", json.dumps(asdict(outcome)))
     return outcome.exit_code
 
 
@@ -115,9 +122,3 @@ def read_outcomes(folder: Path) -> dict[int, Outcome]:
 
 def _rank_of(file: Path) -> int:
     return int(file.stem.removeprefix("rank-"))
-
-
-def _write(file: Path, text: str) -> None:
-    aside = file.with_name(f".partial-{file.name}")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(file)

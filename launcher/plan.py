@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shoal.configs.errors import ConfigError
-from shoal.configs.schema import RunConfig
+from shoal.configs.schema import RunConfig, Stream
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -70,7 +70,7 @@ def print_plan(config: RunConfig, num_ranks: int, argv: Sequence[str]) -> None:
         "steps": f"{config.steps:,}",
         "tokens": f"{config.steps * config.step_tokens:,} ({train.tokens:,} asked for)",
         "precision": f"{train.precision}, ZeRO stage {train.zero_stage}",
-        "data": ", ".join(stream.path for stream in config.data.train),
+        "data": ", ".join(map(_describe_stream, config.data.train)) + _count_passes(config),
         "prepare": config.prepare or "nothing: the shards must exist",
         "command": shlex.join(command_of(config, num_ranks, argv)),
         "starts": shlex.join([*torchrun, *WORKER, *argv]),
@@ -78,6 +78,21 @@ def print_plan(config: RunConfig, num_ranks: int, argv: Sequence[str]) -> None:
     print("dry run: nothing is started")
     for label, text in lines.items():
         print(f"  {label:<10}{text}")
+
+
+def _describe_stream(stream: Stream) -> str:
+    return stream.path if stream.weight == 1.0 else f"{stream.path} (weight {stream.weight:g})"
+
+
+def _count_passes(config: RunConfig) -> str:
+    """Say how often the run reads its rows, where it has one stream and that exists."""
+    from shoal.data_pipeline.shards import read_manifest
+
+    folder = Path(config.data.train[0].path)
+    if len(config.data.train) > 1 or not (folder / "manifest.json").is_file():
+        return ""
+    held = read_manifest(folder).rows * config.model.context
+    return f": {held:,} tokens, read {config.steps * config.step_tokens / held:,.1f} times"
 
 
 def command_of(config: RunConfig, num_ranks: int, argv: Sequence[str]) -> list[str]:
@@ -101,26 +116,29 @@ def find_vocab_size(config: RunConfig) -> int:
     Raises:
         ConfigError: neither the config, nor existing shards, nor the corpus config tell.
     """
-    multiple = config.model.vocab_multiple
     if config.model.vocab_size:
         return config.model.vocab_size
     folder = Path(config.data.train[0].path)
     if (folder / "manifest.json").is_file():
         from shoal.data_pipeline.shards import read_manifest
 
-        return -(-read_manifest(folder).vocab_size // multiple) * multiple
+        return _padded(config, read_manifest(folder).vocab_size)
     if config.prepare:
         from shoal.configs.corpus import PrepareConfig
         from shoal.configs.load import load_config
 
         trained = load_config(PrepareConfig, config.prepare).tokenizer.vocab_size
         if trained:
-            return -(-trained // multiple) * multiple
+            return _padded(config, trained)
     raise ConfigError(
         "the vocabulary size is not known before the shards are",
         where="model.vocab_size",
         fix="prepare the corpus first, or add model.vocab_size=N",
     )
+
+
+def _padded(config: RunConfig, entries: int) -> int:
+    return config.model.with_vocab(entries).vocab_size or entries
 
 
 def shape_table(config: RunConfig, context: int, precision: str) -> Table:

@@ -193,8 +193,9 @@ def _explain_silence(rank: int, code: int | None) -> ShoalError:
         how = f"was killed by {signal.Signals(-code).name}"
         if -code == signal.SIGKILL:
             fix = (
-                "most likely memory ran out (`dmesg` tells): lower train.micro_batch_rows or set "
-                "train.activation_checkpointing=true"
+                "most likely memory ran out (`dmesg` tells): train.activation_checkpointing=true, "
+                "or a lower train.micro_batch_rows (under another name= for a mixture of experts "
+                "or with dropout, where the result depends on it)"
             )
     else:
         how = f"ended without a word (exit code {code})"

@@ -28,7 +28,7 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}\n  fix: run `make install` once, or `pip install -e .`")
 
-from shoal.configs.load import load_config
+from shoal.configs.load import load_run
 from shoal.configs.schema import RunConfig
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Order:
 
     def load(self) -> list[RunConfig]:
         """Load the configs with the overrides applied to each."""
-        return [load_config(RunConfig, config, self.overrides) for config in self.configs]
+        return [load_run(config, self.overrides) for config in self.configs]
 
 
 def parse_order(argv: Sequence[str]) -> Order:
@@ -135,12 +135,12 @@ def launch(order: Order, watch: Sequence[int] = ()) -> None:
     from shoal.launcher.plan import print_plan
     from shoal.launcher.processes import launch_ranks
     from shoal.launcher.screen import newest_checkpoint_note
-    from shoal.launcher.world import resolve_ranks
+    from shoal.launcher.world import foreign_ranks, resolve_ranks, under_foreign_launcher
 
     config = order.load()[0]
     if order.hostfile is None:
-        started = os.environ.get("WORLD_SIZE")  # by another launcher: this is its dry run
-        num_ranks = int(started) if started else resolve_ranks(config.world.ranks)
+        started = order.dry_run and under_foreign_launcher()
+        num_ranks = foreign_ranks()[0] if started else resolve_ranks(config.world.ranks)
     else:
         num_ranks = local_slots(read_hostfile(order.hostfile), where=order.hostfile)
     argv = [*order.configs, *order.overrides]
@@ -179,9 +179,8 @@ def run_foreign_rank(order: Order) -> NoReturn:
     """
     from shoal.launcher.hosts import hosts_of_deepspeed, local_slots
     from shoal.launcher.screen import guard
-    from shoal.launcher.world import STOP_SIGNALS, StopRequest, resolve_threads
+    from shoal.launcher.world import STOP_SIGNALS, StopRequest, foreign_ranks, resolve_threads
 
-    rank, local_ranks = os.environ["RANK"], int(os.environ.get("LOCAL_SIZE", "1"))
     stop = StopRequest()
     stop.install(STOP_SIGNALS)
 
@@ -189,13 +188,16 @@ def run_foreign_rank(order: Order) -> NoReturn:
         hosts = hosts_of_deepspeed()
         if hosts:
             local_slots(hosts, where="the hostfile DeepSpeed was given")
+        num_ranks, local_ranks = foreign_ranks()
         threads = resolve_threads(order.load()[0].world.threads, local_ranks)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        if local_ranks == num_ranks:  # a machine need not know its own name
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         stop.request_when_gone(_ancestors())
         try:
             _train(order, stop)
         except ShoalError as error:
-            error.add_note(f"rank {rank} on {socket.gethostname()}")
+            error.add_note(f"rank {os.environ['RANK']} on {socket.gethostname()}")
             raise
 
     _leave(guard(work))
@@ -231,15 +233,22 @@ def _check_single_launch() -> None:
 
 
 def _ancestors() -> list[int]:
-    """Return the process ids of parent and grandparent: DeepSpeed's launcher and its runner.
+    """Return the process ids of what started this rank: the launcher, and DeepSpeed's runner.
 
     When the runner alone is killed its launcher is adopted and runs on, so the parent is not
-    enough to watch.
+    enough to watch. What started torchrun is no business of its ranks: a shell may log out.
     """
     import psutil
 
-    parents = psutil.Process().parents()[:2]
-    return [process.pid for process in parents if process.pid > 1]
+    def is_deepspeed(process: psutil.Process) -> bool:
+        try:
+            return any("deepspeed" in word for word in process.cmdline())
+        except psutil.Error:
+            return False
+
+    parents = psutil.Process().parents()
+    watched = parents[:1] + [parent for parent in parents[1:2] if is_deepspeed(parent)]
+    return [process.pid for process in watched if process.pid > 1]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from shoal.configs.errors import ShoalError, StoppedOnRequest
+from shoal.configs.errors import ShoalError, StoppedOnRequest, explain_machine_error
 
 
 def guard(work: Callable[[], None]) -> int:
@@ -24,8 +24,12 @@ def guard(work: Callable[[], None]) -> int:
         sys.stderr.close()
         return 1
     except Exception as error:
-        show_bug(error)
-        return 1
+        machine = explain_machine_error(error)
+        if machine is None:
+            show_bug(error)
+            return 1
+        show_error(machine)
+        return machine.exit_code
     return 0
 
 

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shoal.configs.corpus import PrepareConfig
-from shoal.configs.errors import ConfigError, DataError
+from shoal.configs.errors import ConfigError, DataError, ShoalError
 from shoal.configs.load import find_config, load_config
 from shoal.configs.schema import RunConfig
 from shoal.configs.study import StudyConfig
 from shoal.launcher.arms import Arm, CorpusFacts, RunPlanner, best_rate, settle_arms
 from shoal.launcher.exports import export_run, export_untrained
+from shoal.launcher.screen import newest_checkpoint_note
 from shoal.launcher.tables import progress_bars
 from shoal.launcher.training import (
     has_diverged,
@@ -76,9 +77,7 @@ class Study:
         return [run_folder(run) / "export" for run in self.runs(arm)]
 
 
-def run_study(
-    path: str | Path, overrides: Sequence[str] = (), *, console: Console | None = None
-) -> Path:
+def run_study(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     """Do what is missing of a study and write its report; return the report's folder.
 
     Raises:
@@ -86,7 +85,7 @@ def run_study(
     """
     from rich.console import Console
 
-    console = console or Console(highlight=False)
+    console = Console(highlight=False)
     begun = time.monotonic()
     file = find_config(path)
     config = load_config(StudyConfig, file, overrides)
@@ -100,18 +99,16 @@ def run_study(
     return folder
 
 
-def demo(overrides: Sequence[str] = ()) -> Path:
-    """Run the study shipped as the demo, on the sample corpus shipped with the project."""
-    return run_study(DEMO, overrides)
-
-
 def _open_study(config: StudyConfig, file: Path, console: Console) -> Study:
     """Prepare the corpus, settle every shape; nothing is trained before all of it is checked."""
     from shoal.data_pipeline.shards import read_manifest
-    from shoal.eval.compare import check_primary_task
+    from shoal.eval.compare import check_primary_task, check_reference_names
+    from shoal.eval.report import check_folder
     from shoal.eval.tasks.catalogue import load_tasks
 
-    # A fault in a task must not wait until all is trained.
+    # A fault in what comes last must not wait until all is trained.
+    check_folder(Path(config.output) / config.name)
+    check_reference_names(config.arms, config.support)
     check_primary_task([task.name for task in load_tasks(config.tasks)], config.primary_task)
     beside = file.parent / config.prepare
     prepare_config = load_config(PrepareConfig, beside if beside.is_file() else config.prepare)
@@ -123,7 +120,11 @@ def _open_study(config: StudyConfig, file: Path, console: Console) -> Study:
         )
     manifest = read_manifest(prepared.train)
     corpus = CorpusFacts(
-        prepared.train, prepared.validation, manifest.shards_hash, manifest.vocab_size
+        prepared.train,
+        prepared.validation,
+        manifest.shards_hash,
+        read_manifest(prepared.validation).shards_hash,
+        manifest.vocab_size,
     )
     arms = settle_arms(config, corpus)
     planner = RunPlanner(config, corpus, arms)
@@ -157,7 +158,12 @@ def _do_runs(study: Study, runs: Sequence[RunConfig], what: str) -> None:
     if not missing:
         return
     study.console.print(f"[bold]{len(missing)} {what}[/bold] ({len(runs) - len(missing)} done)")
-    train_configs(missing)
+    try:
+        train_configs(missing)
+    except ShoalError as error:
+        unfinished = next((r for r in missing if not is_complete(run_folder(r), r)), missing[-1])
+        error.add_note(newest_checkpoint_note(run_folder(unfinished)))
+        raise
 
 
 def _choose_rate(study: Study, arm: Arm) -> float | None:
@@ -189,8 +195,18 @@ def _choose_rate(study: Study, arm: Arm) -> float | None:
 
 
 def _export(study: Study, run: RunConfig) -> None:
+    from shoal.trainer.export import verify_export
+
     out = run_folder(run) / "export"
-    if not out.exists():
+    if out.exists():
+        step = verify_export(out).get("step")
+        if step != run.steps:
+            raise DataError(
+                f"is an export of step {step}, not of the last, {run.steps}",
+                where=out,
+                fix="move it away: the study exports the finished run",
+            )
+    else:
         with study.console.status(f"exporting {run.name}"):
             report = export_run(run_folder(run), out, complete=True)
         study.console.print(

@@ -6,9 +6,11 @@ Each function is one command's worth of work; everything heavy is imported when 
 from __future__ import annotations
 
 import fcntl
+import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ from shoal.configs.corpus import PrepareConfig
 from shoal.configs.errors import ConfigError, DataError, PreflightError
 from shoal.configs.load import build_config, dump_config, load_config, read_tree
 from shoal.configs.schema import RunConfig
+from shoal.trainer.storage import write_text
 
 if TYPE_CHECKING:
     import torch
@@ -78,9 +81,11 @@ def _train_one(config: RunConfig, world: World, device: torch.device) -> None:
     lock = _lock(folder, world)
     corpus = open_corpus(config)
     config = resolve_run(config, corpus.manifest)
-    _check_resume(folder, config, corpus)
+    position = corpus.identity() | _teacher_identity(config)
+    _check_resume(folder, config, position)
     if world.rank == 0:
-        _write_config(folder, config)
+        _check_disk(folder, config)
+        write_text(folder / CONFIG_FILE, dump_config(config))
     objective = _build_objective(config, corpus, device)
     loader = _build_loader(config, corpus, world)
     engine = Engine(
@@ -95,24 +100,55 @@ def _train_one(config: RunConfig, world: World, device: torch.device) -> None:
             engine,
             loader,
             config,
-            _run_facts(config, world, objective.teacher),
+            _run_facts(config, world, objective, engine.stage),
             validation=_validation(config, corpus, world),
             stop_requested=lambda: world.stop.requested,
-            position=corpus.identity(),
+            position=position,
         )
     except NonFiniteLossError as error:
         if config.ledger.kind != "tune":
             raise
         if world.rank == 0:  # a rate that is too high is a result of a search, not its end
-            _write_aside(folder / DIVERGED, str(error))
+            write_text(folder / DIVERGED, str(error))
     engine.close()
     lock.close()
 
 
-def _check_resume(folder: Path, config: RunConfig, corpus: Corpus) -> None:
-    """Refuse to go on with another config or other rows before anything is built or written."""
+def _teacher_identity(config: RunConfig) -> dict[str, Any]:
+    """What a checkpoint remembers of its teacher: the hash of its weights, by file."""
+    from shoal.trainer.storage import digest
+
+    if config.teacher is None:
+        return {}
+    weights = sorted(Path(config.teacher.path).glob("*.safetensors"))
+    return {"teacher": {file.name: digest(file) for file in weights}}
+
+
+def _check_disk(folder: Path, config: RunConfig) -> None:
+    """Refuse a run whose checkpoints cannot fit where they go.
+
+    Raises:
+        PreflightError: names what is needed and what is free.
+    """
+    from shoal.trainer.checkpoint import BYTES_PER_PARAMETER
+    from shoal.trainer.cost import count_parameters
+
+    written = sum(file.stat().st_size for file in folder.glob("checkpoints/step-*/*"))
+    needed = BYTES_PER_PARAMETER * count_parameters(config.model).total
+    needed = needed * (config.checkpoint.keep + 1) - written  # the newest lies beside those kept
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise PreflightError(
+            f"checkpoints need {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
+            where=folder,
+            fix="free some space, write elsewhere (output=FOLDER), or lower checkpoint.keep",
+        )
+
+
+def _check_resume(folder: Path, config: RunConfig, position: dict[str, Any]) -> None:
+    """Refuse to go on with another config or other inputs before anything is built or written."""
     from shoal.trainer.checkpoint import read_manifest
-    from shoal.trainer.loop import check_same_rows, check_same_run
+    from shoal.trainer.loop import check_same_inputs, check_same_run
 
     for checkpoint in sorted(folder.glob("checkpoints/step-[0-9]*"), reverse=True):
         try:
@@ -120,7 +156,7 @@ def _check_resume(folder: Path, config: RunConfig, corpus: Corpus) -> None:
         except DataError:
             continue  # passed over with a warning when the newest whole one is looked for
         check_same_run(manifest.run, config, where=checkpoint)
-        check_same_rows(manifest.position, corpus.identity(), where=checkpoint)
+        check_same_inputs(manifest.position, position, where=checkpoint)
         return
 
 
@@ -139,12 +175,7 @@ def _build_objective(config: RunConfig, corpus: Corpus, device: torch.device) ->
     if config.train.compile:
         for block in model.blocks:
             block.compile()
-    return Objective(
-        model,
-        loss_chunk_tokens=kernels.loss_chunk_tokens,
-        moe=config.model.moe,
-        teacher=load_teacher(config, corpus.manifest, device, dtype),
-    )
+    return Objective(model, load_teacher(config, corpus.manifest, device, dtype))
 
 
 def _build_loader(config: RunConfig, corpus: Corpus, world: World) -> Loader:
@@ -161,10 +192,12 @@ def _build_loader(config: RunConfig, corpus: Corpus, world: World) -> Loader:
     )
 
 
-def _run_facts(config: RunConfig, world: World, teacher: Teacher | None) -> RunFacts:
+def _run_facts(config: RunConfig, world: World, objective: Objective, stage: int) -> RunFacts:
     from shoal.trainer.cost import training_flops_per_token
     from shoal.trainer.loop import RunFacts
 
+    teacher = objective.teacher
+    versions = {name: metadata.version(name) for name in ("torch", "deepspeed")}
     return RunFacts(
         folder=run_folder(config),
         rank=world.rank,
@@ -173,8 +206,7 @@ def _run_facts(config: RunConfig, world: World, teacher: Teacher | None) -> RunF
         training_flops_per_token=training_flops_per_token(
             config.model, config.model.context, teacher.model.config if teacher else None
         ),
-        scope=config.ledger.scope,
-        kind=config.ledger.kind,
+        chosen={**asdict(objective.model.kernels), "zero_stage": stage, **versions},
     )
 
 
@@ -202,11 +234,22 @@ def has_diverged(folder: Path) -> bool:
 
 def ensure_prepared(config: RunConfig) -> None:
     """Prepare the run's corpus if its config names one and the shards are absent."""
-    if config.prepare:
+    if config.prepare and not _is_under_way(config):
         from shoal.launcher.tables import progress_bars
 
         with progress_bars() as progress:
             prepare_corpus(load_config(PrepareConfig, config.prepare), progress)
+
+
+def _is_under_way(config: RunConfig) -> bool:
+    """Whether a run has been started on shards that are still there.
+
+    Its checkpoints know those by their hash, so the text they were made from may be gone.
+    """
+    folders = [Path(stream.path) for stream in config.data.train]
+    folders += [Path(config.data.validation)] if config.data.validation else []
+    started = any(run_folder(config).glob("checkpoints/step-[0-9]*"))
+    return started and all((folder / "manifest.json").is_file() for folder in folders)
 
 
 def prepare_corpus(config: PrepareConfig, progress: Progress | None = None) -> Prepared:
@@ -234,9 +277,13 @@ def wait_for_corpus(config: RunConfig, world: World) -> None:
     """Rank 0 of every machine prepares what is absent; the others wait for it.
 
     Happens before the process group exists, so that no collective times out on a large corpus.
+
+    Raises:
+        DataError: the run names shards that this does not prepare, and that are not there.
     """
     if world.local_rank == 0:
         ensure_prepared(config)
+        open_corpus(config)
         return
     folders = [Path(stream.path) for stream in config.data.train]
     while config.prepare and not all((f / "manifest.json").is_file() for f in folders):
@@ -247,36 +294,22 @@ def open_corpus(config: RunConfig) -> Corpus:
     """Open the shards a run names and check that they belong together.
 
     Raises:
-        DataError: missing or altered shards, or streams with different tokenizers.
-        ConfigError: the model's context is longer than the rows.
+        DataError: missing or altered shards, a tokenizer that is not theirs, or streams that do not
+            belong together.
+        ConfigError: the model's context is not that of the rows.
     """
-    from shoal.data_pipeline.shards import Rows, check_context
+    from shoal.data_pipeline.shards import Rows, check_alike, check_context
 
     streams = [(Rows.open(Path(s.path)), s.weight) for s in config.data.train]
     validation = Rows.open(Path(config.data.validation)) if config.data.validation else None
-    first = streams[0][0].manifest
-    for rows in [*(rows for rows, _ in streams), *([validation] if validation else [])]:
-        check_context(rows.manifest, config.model.context)
-        if rows.manifest.tokenizer_fingerprint != first.tokenizer_fingerprint:
-            raise DataError(
-                "was written with another tokenizer than the first training stream",
-                where=rows.folder,
-                fix="prepare both with one tokenizer (tokenizer.path=FOLDER)",
-            )
+    check_alike([*(rows for rows, _ in streams), *([validation] if validation else [])])
+    check_context(streams[0][0].manifest, config.model.context)
     return Corpus(streams, validation)
 
 
 def resolve_run(config: RunConfig, manifest: Manifest) -> RunConfig:
     """Fill in what only the shards know: the vocabulary size."""
-    multiple = config.model.vocab_multiple
-    size = config.model.vocab_size or -(-manifest.vocab_size // multiple) * multiple
-    if size < manifest.vocab_size:
-        raise ConfigError(
-            f"vocab_size {size} is smaller than the tokenizer's {manifest.vocab_size}",
-            where="model.vocab_size",
-            fix="leave it out: it is taken from the shards",
-        )
-    model = config.model.model_copy(update={"vocab_size": size})
+    model = config.model.with_vocab(manifest.vocab_size)
     return config.model_copy(update={"model": model})
 
 
@@ -355,16 +388,6 @@ def _lock(folder: Path, world: World) -> Any:
             fix="wait for it, stop it, or give this one another name=",
         )
     return file
-
-
-def _write_config(folder: Path, config: RunConfig) -> None:
-    _write_aside(folder / CONFIG_FILE, dump_config(config))
-
-
-def _write_aside(file: Path, text: str) -> None:
-    aside = file.with_name(f".partial-{file.name}")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(file)
 
 
 def read_run(folder: Path) -> RunConfig:

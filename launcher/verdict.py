@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoal.configs.errors import ConfigError, DataError
-from shoal.configs.schema import ModelConfig, RunConfig
+from shoal.configs.errors import ConfigError
+from shoal.configs.schema import RunConfig
 from shoal.configs.study import BudgetConfig, TasksConfig
 from shoal.launcher.tables import progress_bars
 from shoal.launcher.training import run_folder
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from shoal.eval.inputs import ArmInput, ExportInput, References, TrainingTexts
+    from shoal.eval.inputs import ArmInput, ExportInput, References
     from shoal.launcher.arms import Arm
     from shoal.launcher.study import Study
 
@@ -28,22 +27,24 @@ LEDGER = "ledger.jsonl"
 def write_study_report(study: Study) -> Path:
     """Measure, score and compare all arms of a finished study; write and show the report."""
     from shoal.data_pipeline.shards import training_texts
+    from shoal.eval.compare import compare
     from shoal.eval.inputs import TrainingTexts
 
     config = study.config
     texts = TrainingTexts(lambda: training_texts(study.prepare), study.corpus.shards_hash)
-    return report_arms(
-        [_arm_input(study, arm) for arm in study.arms if not arm.shared],
-        config.budgets,
-        config.tasks,
-        name=config.name,
-        out=Path(config.output) / config.name,
-        cache=study.planner.output / CACHE,
-        primary_task=config.primary_task,
-        references=_references(study),
-        training_texts=texts,
-        console=study.console,
-    )
+    with progress_bars() as progress:
+        report = compare(
+            [_arm_input(study, arm) for arm in study.arms if not arm.shared],
+            config.budgets,
+            config.tasks,
+            name=config.name,
+            cache=study.planner.output / CACHE,
+            primary_task=config.primary_task,
+            references=_references(study),
+            training_texts=texts,
+            progress=progress,
+        )
+    return publish(report, Path(config.output) / config.name, study.console)
 
 
 def compare_exports(
@@ -51,7 +52,6 @@ def compare_exports(
     budgets: Mapping[str, BudgetConfig],
     tasks: TasksConfig,
     out: Path,
-    console: Console | None = None,
 ) -> Path:
     """Compare models that exist, each an arm of its own; write and show the report.
 
@@ -61,8 +61,12 @@ def compare_exports(
     """
     from rich.console import Console
 
+    from shoal.eval.compare import compare
     from shoal.eval.inputs import ArmInput
+    from shoal.eval.report import check_folder
+    from shoal.trainer.export import read_facts
 
+    check_folder(out)
     if len(exports) < 2:
         raise ConfigError("a comparison needs two models or more", where="EXPORTS")
     arms = []
@@ -73,43 +77,53 @@ def compare_exports(
         arms.append(
             ArmInput(name, _kind(facts, folder), [export_input(folder, seed)], ledger=ledger)
         )
-    console = console or Console(highlight=False)
     cache = out.with_name(f".{out.name}-{CACHE}")
-    return report_arms(arms, budgets, tasks, name=out.name, out=out, cache=cache, console=console)
+    with progress_bars() as progress:
+        report = compare(arms, budgets, tasks, name=out.name, cache=cache, progress=progress)
+    return publish(report, out, Console(highlight=False))
 
 
-def report_arms(
-    arms: Sequence[ArmInput],
-    budgets: Mapping[str, BudgetConfig],
-    tasks: TasksConfig,
-    *,
-    name: str,
-    out: Path,
-    cache: Path,
-    console: Console,
-    primary_task: str | None = None,
-    references: References | None = None,
-    training_texts: TrainingTexts | None = None,
-) -> Path:
-    """Compare arms, write the report to `out`, show the verdict, return the folder."""
-    from shoal.eval.compare import compare
+def publish(report: Mapping[str, Any], out: Path, console: Console) -> Path:
+    """Write the report to `out`, show its verdict, return the folder."""
     from shoal.eval.report import write_report
 
-    with progress_bars() as progress:
-        report = compare(
-            arms,
-            budgets,
-            tasks,
-            name=name,
-            primary_task=primary_task,
-            references=references,
-            training_texts=training_texts,
-            cache=cache,
-            progress=progress,
-        )
     folder = write_report(report, out)
     show_verdict(report, folder, console)
     return folder
+
+
+def score_export(export: Path, tasks: TasksConfig, precision: str) -> Table:
+    """Score one model on tasks and return a table with a line for each.
+
+    Raises:
+        ConfigError, DataError: tasks or model that cannot be used, named.
+    """
+    from rich.table import Table
+
+    from shoal.eval.cache import ResultCache
+    from shoal.eval.candidate import Candidate
+    from shoal.eval.evaluation import Evaluator
+    from shoal.eval.tasks.catalogue import load_tasks
+
+    loaded = load_tasks(tasks)
+    candidate = Candidate.open(export, export.name)
+    with progress_bars() as progress:
+        evaluator = Evaluator(
+            loaded,
+            precision=precision,
+            context=tasks.context,
+            cache=ResultCache(None),
+            progress=progress,
+        )
+        scored = {task: evaluator.scores(candidate, task) for task in loaded}
+    table = Table(title=f"{export} in {precision}", title_justify="left")
+    for column in ("task", "metric", "value", "items", "beside it"):
+        table.add_column(column, justify="right" if column in ("value", "items") else "left")
+    for task, scores in scored.items():
+        extra = ", ".join(f"{name} {value:.4f}" for name, value in scores.extra.items())
+        count = f"{len(scores.numerator):,}"
+        table.add_row(task.name, task.metric, f"{scores.value:.4f}", count, extra)
+    return table
 
 
 def show_verdict(report: Mapping[str, Any], folder: Path, console: Console) -> None:
@@ -128,7 +142,7 @@ def verdict_table(report: Mapping[str, Any]) -> Table:
     """Return one line an arm, best first, then the reference rows."""
     from rich.table import Table
 
-    from shoal.eval.report import format_score, format_si
+    from shoal.eval.words import format_score, format_si
 
     task = report["verdict"]["primary_task"]
     metric, sign = report["verdict"]["metric"], 1
@@ -161,23 +175,11 @@ def verdict_table(report: Mapping[str, Any]) -> Table:
 def export_input(folder: Path, seed: int | None) -> ExportInput:
     """Return an export with what its run recorded, where it lies in a run's folder."""
     from shoal.eval.inputs import ExportInput
+    from shoal.trainer.export import read_facts
     from shoal.trainer.metrics import read_metrics
 
     metrics = read_metrics(folder.parent / "metrics.jsonl") if folder.name == "export" else []
     return ExportInput(folder, seed, metrics, read_facts(folder).get("provenance", {}))
-
-
-def read_facts(folder: Path) -> dict[str, Any]:
-    """Return shoal.json of an export of ours; nothing for other models."""
-    from shoal.trainer.export import FACTS
-
-    file = folder / FACTS
-    if not file.is_file():
-        return {}
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise DataError(f"cannot be read: {error}", where=file) from None
 
 
 def read_entries(file: Path) -> list[dict[str, Any]]:
@@ -202,6 +204,7 @@ def _arm_input(study: Study, arm: Arm) -> ArmInput:
         arm.kind,
         exports,
         match=arm.config.match.budget if arm.config.match else None,
+        teacher=arm.config.teacher,
         model=arm.model,
         equal_on=study.config.equal_on,
         ledger=_ledger(study, arm),
@@ -244,11 +247,6 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def _kind(facts: Mapping[str, Any], folder: Path) -> str:
     """Return `distilled`, `moe` or `dense`, as far as the folder tells."""
-    run = facts.get("run") or {}
-    if run.get("teacher"):
-        return "distilled"
-    if run:
-        return "moe" if ModelConfig.model_validate(run["model"]).moe else "dense"
     from shoal.eval.candidate import Candidate
 
-    return Candidate.open(folder).kind
+    return "distilled" if (facts.get("run") or {}).get("teacher") else Candidate.open(folder).kind

@@ -88,23 +88,20 @@ class World:
     local_ranks: int
     device: torch.device
     device_name: str
-    host: str
     stop: StopRequest = field(default_factory=StopRequest)
 
     @classmethod
     def detect(cls, stop: StopRequest | None = None) -> World:
         """Read RANK and its companions once; without them this is the only rank.
 
-        DeepSpeed's launcher says LOCAL_SIZE where torchrun says LOCAL_WORLD_SIZE; libraries that
-        look for the latter (mosaicml-streaming) find it afterwards.
+        Libraries that look for LOCAL_WORLD_SIZE (mosaicml-streaming) find it afterwards.
 
         Raises:
             ConfigError: the variables contradict each other.
             PreflightError: more ranks than GPUs on this machine.
         """
-        rank, num_ranks = _number("RANK", 0), _number("WORLD_SIZE", 1)
+        rank, (num_ranks, local_ranks) = _number("RANK", 0), foreign_ranks()
         local_rank = _number("LOCAL_RANK", rank)
-        local_ranks = _number("LOCAL_WORLD_SIZE", _number("LOCAL_SIZE", num_ranks))
         if not (rank < num_ranks and local_rank < local_ranks <= num_ranks):
             raise ConfigError(
                 f"rank {rank} of {num_ranks}, local rank {local_rank} of {local_ranks} cannot be",
@@ -121,7 +118,6 @@ class World:
             local_ranks=local_ranks,
             device=device,
             device_name=name,
-            host=socket.gethostname(),
             stop=stop or StopRequest(),
         )
 
@@ -139,6 +135,18 @@ class World:
 def under_foreign_launcher(environment: Mapping[str, str] = os.environ) -> bool:
     """Return whether DeepSpeed's launcher, torchrun or the like started this process."""
     return "RANK" in environment and "WORLD_SIZE" in environment
+
+
+def foreign_ranks() -> tuple[int, int]:
+    """Return what another launcher says: ranks of the job, and ranks on this machine.
+
+    DeepSpeed's launcher says LOCAL_SIZE where torchrun says LOCAL_WORLD_SIZE.
+
+    Raises:
+        ConfigError: a variable is no number.
+    """
+    num_ranks = _number("WORLD_SIZE", 1)
+    return num_ranks, _number("LOCAL_WORLD_SIZE", _number("LOCAL_SIZE", num_ranks))
 
 
 def usable_cores() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from shoal.configs.errors import (
     RetriesExhausted,
     ShoalError,
     StoppedOnRequest,
+    explain_machine_error,
 )
 from shoal.configs.load import (
     SHIPPED,
@@ -25,11 +27,12 @@ from shoal.configs.load import (
     dump_config,
     find_config,
     load_config,
+    load_run,
     merge,
     read_tree,
 )
 from shoal.configs.schema import ModelConfig, MoEConfig, RunConfig
-from shoal.configs.study import StudyConfig
+from shoal.configs.study import StudyConfig, TasksConfig
 
 YAML_FILES = sorted(str(path.relative_to(SHIPPED)) for path in SHIPPED.rglob("*.yaml"))
 MINIMAL = {"data": {"train": [{"path": "shards"}]}, "train": {"tokens": 1000}}
@@ -50,6 +53,8 @@ def kind_of(name: str) -> type:
         return ModelConfig
     if name.startswith("studies/"):
         return StudyConfig
+    if name.startswith("tasks"):
+        return TasksConfig
     return PrepareConfig if name.startswith("corpus") else RunConfig
 
 
@@ -124,6 +129,7 @@ def test_unknown_key_names_the_nearest_one(tmp_path: Path) -> None:
         (["data.train.3.path=x"], "no item of a list"),
         (["tokens"], "not key=value"),
         (["optim.lr=[1"], "value not readable"),
+        (["model={{x}}"], "value not readable"),
     ],
 )
 def test_bad_values_are_refused(overrides: list[str], message: str) -> None:
@@ -150,6 +156,8 @@ def test_overrides_reach_every_depth() -> None:
         ("- a\n- b\n", "expected `key: value`"),
         ("a: [1,\n", "not readable as YAML"),
         ("name: a\nname: b\n", "given twice"),
+        ("train:\n  tokens: {{ tokens }}\n", "cannot be a mapping or a list"),
+        ("? [a, b]\n: c\n", "cannot be a mapping or a list"),
         ("!!python/object/apply:os.system ['true']", "not readable as YAML"),
     ],
 )
@@ -158,6 +166,46 @@ def test_broken_yaml_is_named(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         load_config(RunConfig, file)
     assert str(file) in str(caught.value)
+
+
+def test_yaml_merges_may_be_overridden(tmp_path: Path) -> None:
+    text = "optim: &a {lr: 1e-3, eps: 1e-6}\nteacher: {<<: *a, lr: 2e-3}\n"
+    assert read_tree(write(tmp_path, text))["teacher"] == {"lr": 2e-3, "eps": 1e-6}
+
+
+def test_the_corpus_of_a_run_is_looked_for_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that is shipped too must not lead to the sample corpus."""
+    shipped = load_run("default.yaml")
+    assert shipped.prepare == "corpus_samples.yaml"
+    file = tmp_path / "run.yaml"
+    file.write_text("extends: default.yaml\n")
+    assert load_run(file).prepare == shipped.prepare, "nothing is beside it"
+    (tmp_path / "corpus_samples.yaml").write_text("name: mine\n")
+    assert load_run(file).prepare == str(tmp_path / "corpus_samples.yaml")
+    assert load_run(file, ["prepare=corpus.yaml"]).prepare == "corpus.yaml", "from where I am"
+
+
+@pytest.mark.parametrize(("given", "size"), [(None, 1024), (1000, 1000), (1100, 1100)])
+def test_the_vocabulary_is_the_one_given_or_the_next_multiple(given: int | None, size: int) -> None:
+    model = ModelConfig(vocab_size=given, vocab_multiple=128)
+    assert model.with_vocab(1000).vocab_size == size
+    if given:
+        with pytest.raises(ConfigError, match=f"vocab_size {given} is smaller"):
+            model.with_vocab(given + 1)
+
+
+def test_a_full_disk_is_no_bug() -> None:
+    plain = OSError(errno.ENOSPC, "No space left on device", "runs/x/file")
+    found = explain_machine_error(plain)
+    assert found is not None
+    assert (found.exit_code, found.where) == (4, "runs/x/file")
+    assert "free some space" in (found.fix or "")
+    other = RuntimeError("I/O error: No space left on device (os error 28)")  # safetensors' words
+    assert isinstance(explain_machine_error(other), PreflightError)
+    assert explain_machine_error(FileNotFoundError(errno.ENOENT, "x", "y")) is None
+    assert explain_machine_error(ValueError("errors 28")) is None
 
 
 def test_wrong_encoding_is_named(tmp_path: Path) -> None:

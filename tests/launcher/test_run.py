@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 
 from shoal.configs.errors import ConfigError
@@ -244,6 +245,31 @@ def test_a_rank_that_the_launcher_did_not_start_is_refused(
     assert "fix: run the same without --worker: python launcher/run.py" in done.stderr
     assert "Traceback" not in done.stderr
     assert records(stage) == []
+
+
+def test_a_stray_world_size_is_not_another_launcher(stage: dict[str, str], tmp_path: Path) -> None:
+    command = [sys.executable, RUN, "--dry-run", "world.ranks=3"]
+    done = run(command, stage | {"WORLD_SIZE": "7"}, tmp_path)
+    assert "3 ranks on" in done.stdout
+    done = run(command, stage | {"WORLD_SIZE": "seven", "RANK": "0"}, tmp_path)
+    assert done.returncode == 2
+    assert "WORLD_SIZE='seven' is not a number" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_ranks_of_torchrun_outlive_the_shell_that_started_it(
+    stage: dict[str, str], tmp_path: Path
+) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", RUN]
+    shell = start(
+        ["sh", "-c", f"{shlex.join(torchrun)} & wait"], stage | {"FAKE": "stop"}, tmp_path
+    )
+    pids = [record["pid"] for record in wait_for_records(stage, 2)]
+    os.kill(shell.pid, signal.SIGKILL)
+    time.sleep(1)
+    assert all(Path(f"/proc/{pid}").exists() for pid in pids)
+    os.kill(psutil.Process(pids[0]).ppid(), signal.SIGKILL)
+    wait_until_gone(pids, 20)
 
 
 @pytest.mark.slow

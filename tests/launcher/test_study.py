@@ -24,7 +24,7 @@ from shoal.launcher.arms import CorpusFacts, RunPlanner, best_rate, settle_arms
 from shoal.trainer.cost import flops_per_token, resident_bytes, training_flops_per_token
 
 SHOAL = str(Path(sys.executable).with_name("shoal"))
-CORPUS = CorpusFacts(Path("data/c/train"), Path("data/c/validation"), "abc", 500)
+CORPUS = CorpusFacts(Path("data/c/train"), Path("data/c/validation"), "abc", "def", 500)
 MOE = {"hidden": None, "moe": {"num_experts": 4, "active_experts": 2, "hidden": 24}}
 STUDY: dict[str, Any] = {
     "name": "small",
@@ -94,7 +94,7 @@ def test_shapes_meet_their_budgets_on_their_axis() -> None:
 def test_the_demo_meets_its_budgets_and_gives_every_arm_the_same() -> None:
     config = load_config(StudyConfig, find_config("studies/demo.yaml"))
     prepare = load_config(PrepareConfig, find_config(config.prepare))
-    corpus = CorpusFacts(Path("t"), Path("v"), "abc", prepare.tokenizer.vocab_size)
+    corpus = CorpusFacts(Path("t"), Path("v"), "abc", "def", prepare.tokenizer.vocab_size)
     planner = RunPlanner(config, corpus, settle_arms(config, corpus))
     arms = [planner.arms[name] for name in config.arms]
     for arm in arms:
@@ -146,7 +146,10 @@ def test_an_arm_may_cut_its_passes_as_it_likes() -> None:
     [
         ({"seeds": [0, 0]}, "given twice"),
         ({"arms": STUDY["arms"] | {"teacher": {}}}, "an arm and a support run of one name"),
-        ({"arms": STUDY["arms"] | {"../x y": {}}}, "names are letters"),
+        ({"arms": STUDY["arms"] | {"../x y": {}}}, r"arms\.\.\./x y.*should match pattern"),
+        ({"support": {"": {}}}, "support.*should match pattern"),
+        ({"seeds": [0, -1]}, r"seeds\.1: Input should be greater than or equal to 0"),
+        ({"seeds": [2**31]}, r"seeds\.0: Input should be less than 2147483648"),
         ({"support": {"teacher": {"teacher": "teacher"}}}, "teacher of a teacher"),
         ({"tuning": {"lrs": [-1], "tokens": 9}}, "greater than 0"),
         ({"arms": {"a": {"teacher": "nobody"}}}, "no support run named 'nobody'"),
@@ -171,11 +174,19 @@ def test_a_stage_is_named_after_what_determines_it() -> None:
     assert planner.run(dense, 1e-3, 0).name == name
     assert planner.run(dense, 2e-3, 0).name != name
     assert planner.run(dense, 1e-3, 1).name != name
-    free = STUDY["run"] | {"checkpoint": {"every_steps": 2}}
-    assert plan(load(run=free)).run(dense, 1e-3, 0).name == name, "how often is no result"
+    for free in (
+        {"checkpoint": {"every_steps": 2}},
+        {"validation": {"max_rows": 3}},
+        {"train": STUDY["run"]["train"] | {"compile": True, "zero_stage": 2}},
+        {"kernels": {"attention": "reference"}},
+    ):
+        other = plan(load(run=STUDY["run"] | free))
+        assert other.run(dense, 1e-3, 0).name == name, f"{free} changes no result"
+    judged = plan(load(run=STUDY["run"] | {"validation": {"max_rows": 3}}))
+    assert judged.trial(dense, 1e-3).name != planner.trial(dense, 1e-3).name, "on other rows"
     longer = STUDY["run"] | {"train": STUDY["run"]["train"] | {"tokens": 9000}}
     assert plan(load(run=longer)).run(dense, 1e-3, 0).name != name
-    other = CorpusFacts(CORPUS.train, CORPUS.validation, "xyz", 500)
+    other = CorpusFacts(CORPUS.train, CORPUS.validation, "xyz", "def", 500)
     moved = RunPlanner(load(), other, settle_arms(load(), other))
     assert moved.run(moved.arms["dense"], 1e-3, 0).name != name
 
@@ -319,6 +330,12 @@ def test_a_killed_study_goes_on_to_the_same_end(done: tuple[Path, str], tmp_path
         ({"prepare": "absent.yaml"}, 2, "no such config file"),
         ({"budgets": STUDY["budgets"] | {"memory": {"axis": "resident_bytes", "target": 10}}},
          2, "no shape meets resident_bytes"),
+        ({"budgets": {name: budget | {"context": 65} for name, budget in STUDY["budgets"].items()}},
+         2, "65"),
+        ({"budgets": STUDY["budgets"] | {"memory": {
+            "axis": "resident_bytes", "target": 1e5, "precision": "int4"}}}, 2, "int4"),
+        ({"support": STUDY["support"] | {"unigram": {}}}, 2, "cannot be called 'unigram'"),
+        ({"output": ".", "name": "corpus.yaml"}, 2, "is not a report"),
     ],
 )  # fmt: skip
 def test_faults_are_found_before_anything_is_trained(
