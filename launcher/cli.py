@@ -78,7 +78,7 @@ def train(
     The same command again continues from the newest checkpoint. Ctrl-C saves and stops.
 
     [dim]shoal train[/dim]
-    [dim]shoal train pretrain_dense.yaml name=wide model.width=1024 optim.lr=6e-4[/dim]
+    [dim]shoal train pretrain_dense.yaml name=wide model.width=1024 optim.lr=3e-4[/dim]
     [dim]shoal train pretrain_moe.yaml --hostfile hosts --dry-run[/dim]
     """
     from shoal.launcher.run import launch, make_order
@@ -133,7 +133,7 @@ def compare(
 ) -> None:
     """Compare models that exist at inference budgets: ours, or any Hugging Face folder.
 
-    [dim]shoal compare runs/*/export --budget resident_bytes=250MB --tasks tasks.yaml[/dim]
+    [dim]shoal compare export/* --budget resident_bytes=5MB --tasks tasks_samples.yaml[/dim]
     """
     from shoal.configs.load import load_config
     from shoal.configs.study import TasksConfig
@@ -153,7 +153,7 @@ def evaluate(
 ) -> None:
     """Score one model on tasks: an export of ours, or any Hugging Face folder.
 
-    [dim]shoal evaluate export/default --tasks tasks.yaml[/dim]
+    [dim]shoal evaluate export/default --tasks tasks_samples.yaml[/dim]
     """
     from shoal.configs.load import load_config
     from shoal.configs.study import TasksConfig

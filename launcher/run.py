@@ -41,14 +41,15 @@ examples:
   deepspeed launcher/run.py --hostfile hosts
       train configs/default.yaml with the ranks that the file `hosts` asks for
       (one line: localhost slots=2); its corpus is prepared first if absent
-  python launcher/run.py --hostfile hosts configs/pretrain_dense.yaml optim.lr=6e-4
+  python launcher/run.py --hostfile hosts configs/distill.yaml optim.lr=1e-3
       the same without DeepSpeed's launcher, another config, one value changed
   deepspeed launcher/run.py --hostfile hosts --dry-run
       print ranks, devices, batch and commands; start nothing
 
 The same command again continues from the newest checkpoint.
 exit codes: 0 done, 2 usage or configuration, 3 data, 4 preflight,
-            5 stopped on request with a checkpoint saved (start it again), 1 anything else
+            5 stopped on request with a checkpoint saved (start it again), 128 + N ended by
+            signal N before there was anything to save, 1 anything else
 """
 
 
