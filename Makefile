@@ -36,7 +36,7 @@ demo: $(STAMP)
 	@$(BIN)/shoal demo
 
 test: contracts
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: contracts
 	$(BIN)/ruff check .

@@ -58,7 +58,7 @@ class Scale:
 
 SCALES = {
     ("cpu", True): Scale(4, 256, 4, 4096, 128, 4, 9, 1024, 384),
-    # 17M parameters, the size that performance.md knows the roofline of.
+    # 17M parameters: large enough that matrix products, not calls, take the time.
     ("cpu", False): Scale(6, 384, 6, 16384, 256, 8, 25, 2048, 384),
     ("cuda", True): Scale(6, 512, 8, 16384, 1024, 8, 21, 16384, 768),
     ("cuda", False): Scale(12, 768, 12, 16384, 1024, 16, 51, 16384, 768),

@@ -14,6 +14,8 @@ from shoal.eval.candidate import ShapeFacts
 from shoal.eval.latency import Latency
 from shoal.trainer.cost import flops_per_token, kv_bytes_per_token, resident_bytes
 
+TIMED_AXES = ("latency_ms", "tokens_per_second")
+
 
 @dataclass(frozen=True)
 class Measured:

@@ -59,7 +59,7 @@ def settle_arms(study: StudyConfig, corpus: CorpusFacts) -> list[Arm]:
             comparison could not be made under the conditions asked for.
     """
     from shoal.eval.budget import resolve_contexts
-    from shoal.eval.compare import check_conditions
+    from shoal.eval.preconditions import check_conditions
 
     bases = {
         name: _base_config(study, config, corpus, name)

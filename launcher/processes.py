@@ -171,8 +171,9 @@ def _raise_failure(
             raise _explain_silence(rank, code)
     if failures or stops:
         raise (failures or stops)[0].to_error()
-    if silent:
-        raise _explain_silence(silent[0], exit_codes.get(silent[0]))
+    if silent:  # the agent itself ends the peers of a failed rank, with SIGTERM
+        first = min(silent, key=lambda rank: exit_codes.get(rank, 0) in (0, -signal.SIGTERM))
+        raise _explain_silence(first, exit_codes.get(first))
     if watcher.signal:  # the caller may have more to do, and was asked not to
         raise StoppedOnRequest("stopped on request; what was running is finished and saved")
 

@@ -102,7 +102,7 @@ def run_study(path: str | Path, overrides: Sequence[str] = ()) -> Path:
 def _open_study(config: StudyConfig, file: Path, console: Console) -> Study:
     """Prepare the corpus, settle every shape; nothing is trained before all of it is checked."""
     from shoal.data_pipeline.shards import read_manifest
-    from shoal.eval.compare import check_primary_task, check_reference_names
+    from shoal.eval.preconditions import check_primary_task, check_reference_names
     from shoal.eval.report import check_folder
     from shoal.eval.tasks.catalogue import load_tasks
 

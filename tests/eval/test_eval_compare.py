@@ -8,8 +8,9 @@ import pytest
 from shoal.configs.errors import ConfigError, DataError
 from shoal.configs.study import BudgetConfig, TasksConfig
 from shoal.eval import evaluation
-from shoal.eval.compare import check_conditions, check_reference_names, compare
+from shoal.eval.compare import compare
 from shoal.eval.inputs import ArmInput, ExportInput, References
+from shoal.eval.preconditions import check_conditions, check_reference_names
 from shoal.eval.report import write_report
 from shoal.eval.spending import cost_curve, describe_training, total_ledger
 

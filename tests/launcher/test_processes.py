@@ -152,6 +152,11 @@ def test_rank_that_the_agent_ended_is_not_the_cause(tmp_path: Path) -> None:
     assert type(error) is DataError
 
 
+def test_rank_that_the_agent_ended_is_not_the_cause_of_a_silent_end(tmp_path: Path) -> None:
+    error = decide(tmp_path, [], {0: -15, 1: 7})
+    assert "rank 1 ended without a word (exit code 7)" in str(error)
+
+
 def test_stop_is_a_stop(tmp_path: Path) -> None:
     both = [outcome(0, "StoppedOnRequest"), outcome(1, "StoppedOnRequest")]
     error = decide(tmp_path, both, {0: 5, 1: 5}, number=15)
