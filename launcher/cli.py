@@ -263,7 +263,7 @@ def report(
 def verify(
     folder: Annotated[Path, typer.Argument(help="Shards of one split, e.g. data/samples/train.")],
 ) -> None:
-    """Read every shard and compare it with its recorded hash; a broken one is named.
+    """Compare every shard, and the tokenizer, with what was recorded; a broken one is named.
 
     [dim]shoal shards verify data/samples/train[/dim]
     """
