@@ -54,9 +54,9 @@ class PreflightError(ShoalError):
 
 
 MACHINE_ERRORS = {
-    errno.ENOSPC: "free some space, or write elsewhere (output=FOLDER)",
-    errno.EDQUOT: "free some of your quota, or write elsewhere (output=FOLDER)",
-    errno.EROFS: "write elsewhere (output=FOLDER)",
+    errno.ENOSPC: "free some space, or write elsewhere",
+    errno.EDQUOT: "free some of your quota, or write elsewhere",
+    errno.EROFS: "write elsewhere",
     errno.EACCES: "check who owns it",
     errno.EPERM: "check who owns it",
     errno.EMFILE: "raise the limit of open files: ulimit -n",
@@ -69,6 +69,8 @@ def explain_machine_error(error: BaseException) -> PreflightError | None:
     Libraries that write files in other languages raise classes of their own: those are told by
     the operating system's words in their text.
     """
+    if isinstance(error, ShoalError):
+        return None
     number = error.errno if isinstance(error, OSError) else None
     if number is None:
         text = str(error)
@@ -76,7 +78,8 @@ def explain_machine_error(error: BaseException) -> PreflightError | None:
     if number not in MACHINE_ERRORS:
         return None
     where = getattr(error, "filename", None)
-    return PreflightError(os.strerror(number), where=where, fix=MACHINE_ERRORS[number])
+    cause = os.strerror(number) if where else str(error)
+    return PreflightError(cause, where=where, fix=MACHINE_ERRORS[number])
 
 
 class StoppedOnRequest(ShoalError):

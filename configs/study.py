@@ -26,8 +26,8 @@ class BudgetConfig(Section):
     precision: Literal["fp32", "bf16", "int8", "int4"] = "bf16"
     context: Count | None = Field(
         None,
-        description="tokens in context when one more is computed. None: the shortest context of "
-        "the arms",
+        description="tokens in context when one more is computed. None: what all arms can take, up "
+        "to 1024",
     )
     batch: Count = 1
 

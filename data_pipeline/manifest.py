@@ -218,8 +218,9 @@ def check_context(manifest: Manifest, context: int) -> None:
 
 
 def tokenizer_beside(folder: Path) -> Path:
-    """Return where the tokenizer of a split lies; the split may be given as `.` or by a link."""
-    return folder.resolve().parent / TOKENIZER
+    """Return where the tokenizer of a split lies; the split may be given as `.` or be a link."""
+    beside = folder.absolute().parent / TOKENIZER
+    return beside if beside.is_dir() else folder.resolve().parent / TOKENIZER
 
 
 def check_tokenizer(folder: Path, manifest: Manifest) -> None:

@@ -6,10 +6,12 @@ all, or a corpus that holds nothing, stops everything.
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -244,12 +246,16 @@ def read_lines(path: Path) -> Iterator[bytes]:
     try:
         with path.open("rb") as raw:
             yield from _unpack(raw, kind) if kind else raw
+    except (EOFError, zlib.error) as error:
+        raise DataError(f"cannot be read: damaged or cut short: {error}", where=path) from None
     except OSError as error:
         damage = "" if error.errno else "damaged or cut short: "  # pyarrow gives no number
         raise DataError(f"cannot be read: {damage}{error}", where=path) from None
 
 
-def _unpack(raw: BinaryIO, kind: str) -> BinaryIO:
+def _unpack(raw: BinaryIO, kind: str) -> Iterable[bytes]:
+    if kind == "gzip":  # pyarrow's reader takes the zero bytes that may follow for damage
+        return gzip.GzipFile(fileobj=raw)
     import pyarrow
 
     return io.BufferedReader(pyarrow.CompressedInputStream(raw, kind), buffer_size=1 << 20)

@@ -14,6 +14,7 @@ from shoal.eval.candidate import ShapeFacts
 from shoal.eval.latency import Latency
 from shoal.trainer.cost import flops_per_token, kv_bytes_per_token, resident_bytes
 
+DEFAULT_CONTEXT = 1024
 TIMED_AXES = ("latency_ms", "tokens_per_second")
 
 
@@ -61,13 +62,15 @@ class Shape:
 def resolve_contexts(
     budgets: Mapping[str, BudgetConfig], contexts: Iterable[int]
 ) -> dict[str, BudgetConfig]:
-    """Return the budgets, those that name no context at the shortest of `contexts`.
+    """Return the budgets, those that name no context at what every arm can take, up to 1024.
+
+    Models of others may take a hundred times that, and nobody asked to have it measured.
 
     Args:
         budgets: By name.
         contexts: Longest input of every arm in tokens, at least one.
     """
-    shortest = min(contexts)
+    shortest = min(DEFAULT_CONTEXT, *contexts)
     return {
         name: budget.model_copy(update={"context": budget.context or shortest})
         for name, budget in budgets.items()

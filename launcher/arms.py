@@ -49,6 +49,8 @@ class CorpusFacts:
     validation_hash: str
     vocab_size: int
     """Entries of the tokenizer."""
+    context: int
+    """Tokens of a row."""
 
 
 def settle_arms(study: StudyConfig, corpus: CorpusFacts) -> list[Arm]:
@@ -65,6 +67,13 @@ def settle_arms(study: StudyConfig, corpus: CorpusFacts) -> list[Arm]:
         name: _base_config(study, config, corpus, name)
         for name, config in (*study.support.items(), *study.arms.items())
     }
+    for name, base in bases.items():
+        if base.model.context != corpus.context:
+            raise ConfigError(
+                f"a context of {base.model.context} does not fit rows of {corpus.context} tokens",
+                where=f"{name}: model.context",
+                fix=f"model.context={corpus.context}, or prepare rows of another length",
+            )
     contexts = {name: bases[name].model.context for name in study.arms}
     check_conditions(contexts, study.budgets, study.tasks)
     budgets = resolve_contexts(study.budgets, contexts.values())

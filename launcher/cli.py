@@ -78,7 +78,7 @@ def train(
     The same command again continues from the newest checkpoint. Ctrl-C saves and stops.
 
     [dim]shoal train[/dim]
-    [dim]shoal train pretrain_dense.yaml name=wide model.width=1024 optim.lr=3e-4[/dim]
+    [dim]shoal train pretrain_dense.yaml name=wide model.width=1024 model.num_heads=16[/dim]
     [dim]shoal train pretrain_moe.yaml --hostfile hosts --dry-run[/dim]
     """
     from shoal.launcher.run import launch, make_order

@@ -41,7 +41,7 @@ examples:
   deepspeed launcher/run.py --hostfile hosts
       train configs/default.yaml with the ranks that the file `hosts` asks for
       (one line: localhost slots=2); its corpus is prepared first if absent
-  python launcher/run.py --hostfile hosts configs/distill.yaml optim.lr=1e-3
+  python launcher/run.py --hostfile hosts configs/default.yaml name=fast optim.lr=3e-3
       the same without DeepSpeed's launcher, another config, one value changed
   deepspeed launcher/run.py --hostfile hosts --dry-run
       print ranks, devices, batch and commands; start nothing

@@ -125,6 +125,7 @@ def _open_study(config: StudyConfig, file: Path, console: Console) -> Study:
         manifest.shards_hash,
         read_manifest(prepared.validation).shards_hash,
         manifest.vocab_size,
+        manifest.context,
     )
     arms = settle_arms(config, corpus)
     planner = RunPlanner(config, corpus, arms)
@@ -150,20 +151,21 @@ def _do_runs(study: Study, runs: Sequence[RunConfig], what: str) -> None:
     """Train those of `runs` that are not complete, in one start of the ranks."""
     from shoal.launcher.processes import train_configs
 
-    missing = [
-        run
-        for run in runs
-        if not (is_complete(run_folder(run), run) or has_diverged(run_folder(run)))
-    ]
+    missing = [run for run in runs if not _is_over(run)]
     if not missing:
         return
     study.console.print(f"[bold]{len(missing)} {what}[/bold] ({len(runs) - len(missing)} done)")
     try:
         train_configs(missing)
     except ShoalError as error:
-        unfinished = next((r for r in missing if not is_complete(run_folder(r), r)), missing[-1])
-        error.add_note(newest_checkpoint_note(run_folder(unfinished)))
+        left = [r for r in missing if not _is_over(r)]
+        error.add_note(newest_checkpoint_note(run_folder((left or missing)[0])))
         raise
+
+
+def _is_over(run: RunConfig) -> bool:
+    """Whether a run has its last checkpoint, or has shown that its rate is too high."""
+    return is_complete(run_folder(run), run) or has_diverged(run_folder(run))
 
 
 def _choose_rate(study: Study, arm: Arm) -> float | None:

@@ -83,8 +83,8 @@ def _train_one(config: RunConfig, world: World, device: torch.device) -> None:
     config = resolve_run(config, corpus.manifest)
     position = corpus.identity() | _teacher_identity(config)
     _check_resume(folder, config, position)
+    _check_disk(folder, config)
     if world.rank == 0:
-        _check_disk(folder, config)
         write_text(folder / CONFIG_FILE, dump_config(config))
     objective = _build_objective(config, corpus, device)
     loader = _build_loader(config, corpus, world)
@@ -115,11 +115,18 @@ def _train_one(config: RunConfig, world: World, device: torch.device) -> None:
 
 
 def _teacher_identity(config: RunConfig) -> dict[str, Any]:
-    """What a checkpoint remembers of its teacher: the hash of its weights, by file."""
+    """What a checkpoint remembers of its teacher: the hash of its weights, by file.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
     from shoal.trainer.storage import digest
 
     if config.teacher is None:
         return {}
+    if not Path(config.teacher.path).is_dir():
+        fix = "export it first: shoal export RUN OUT"
+        raise ConfigError("no such teacher", where=config.teacher.path, fix=fix)
     weights = sorted(Path(config.teacher.path).glob("*.safetensors"))
     return {"teacher": {file.name: digest(file) for file in weights}}
 
@@ -134,8 +141,14 @@ def _check_disk(folder: Path, config: RunConfig) -> None:
     from shoal.trainer.cost import count_parameters
 
     written = sum(file.stat().st_size for file in folder.glob("checkpoints/step-*/*"))
-    needed = BYTES_PER_PARAMETER * count_parameters(config.model).total
-    needed = needed * (config.checkpoint.keep + 1) - written  # the newest lies beside those kept
+    done = [int(f.name.removeprefix("step-")) for f in folder.glob("checkpoints/step-[0-9]*")]
+    left = config.steps - max(done, default=0)
+    saves = -(-left // config.checkpoint.every_steps)
+    if saves <= 0:
+        return
+    # The newest lies beside those kept until it is whole.
+    most = min(config.checkpoint.keep + 1, len(done) + saves)
+    needed = BYTES_PER_PARAMETER * count_parameters(config.model).total * most - written
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise PreflightError(
@@ -329,10 +342,6 @@ def load_teacher(
     from shoal.trainer.objective import Teacher
 
     folder = Path(config.teacher.path)
-    if not folder.is_dir():
-        raise ConfigError(
-            "no such teacher", where=folder, fix="export it first: shoal export RUN OUT"
-        )
     same_tokens = Tokenizer.load(folder).fingerprint == manifest.tokenizer_fingerprint
     model, shape = load_model(folder, resolve(config.kernels, device, dtype))
     if not same_tokens or shape.vocab_size != config.model.vocab_size:

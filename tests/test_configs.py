@@ -205,7 +205,9 @@ def test_a_full_disk_is_no_bug() -> None:
     other = RuntimeError("I/O error: No space left on device (os error 28)")  # safetensors' words
     assert isinstance(explain_machine_error(other), PreflightError)
     assert explain_machine_error(FileNotFoundError(errno.ENOENT, "x", "y")) is None
+    assert "No space" in (explain_machine_error(other) or other).cause
     assert explain_machine_error(ValueError("errors 28")) is None
+    assert explain_machine_error(DataError("x (os error 13)", where="/a")) is None
 
 
 def test_wrong_encoding_is_named(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -141,10 +142,13 @@ def test_other_ranks_see_the_same_rows(folder: Path) -> None:
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-5)
 
 
+with socket.socket() as probe:  # two suites on one machine must not meet
+    probe.bind(("127.0.0.1", 0))
+    PORT = str(probe.getsockname()[1])
 FORMS = {
     "python": [sys.executable, RUN_PY, "--hostfile", "hosts"],
     "deepspeed, hostfile after": [DEEPSPEED, RUN_PY, "--hostfile", "hosts"],
-    "deepspeed, hostfile before": [DEEPSPEED, "--hostfile", "hosts", RUN_PY],
+    "deepspeed, hostfile before": [DEEPSPEED, "--master_port", PORT, "--hostfile", "hosts", RUN_PY],
 }
 
 
@@ -197,6 +201,7 @@ def test_a_student_learns_from_its_teacher_and_from_no_other(folder: Path) -> No
     data[-1] ^= 1
     weights.write_bytes(bytes(data))
     assert "not what was exported" in shoal(folder, *words, "name=fresh", code=3)
+    assert "no such teacher" in shoal(folder, *words, "teacher.path=export/none", code=2)
     assert "another teacher" in shoal(folder, *words, f"train.tokens={6 * 4 * 64}", code=3)
 
     other = {**CORPUS, "output": "data/vocabulary", "tokenizer": {"vocab_size": 300}}

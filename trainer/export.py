@@ -99,7 +99,11 @@ def export_model(
     try:
         _write(model, config, tokenizer.folder, aside, dtype, eot_id)
         report = _pass_gate(model, aside, tokenizer, sample_ids, dtype)
-        files = {file.name: digest(file) for file in sorted(aside.iterdir())}
+        files = {
+            file.name: digest(file)
+            for file in sorted(aside.iterdir())
+            if file.name != "generation_config.json"  # habits of sampling; no score depends on it
+        }
         _write_json(aside / FACTS, {"export": asdict(report), "files": files, **facts})
         (aside / "README.md").write_text(
             render_card(config, asdict(report), facts), encoding="utf-8"

@@ -84,6 +84,12 @@ def test_archives_of_several_parts(packed, tmp_path, lines):
     assert read(whole)[0] == as_tuples(RECORDS)
 
 
+def test_zero_bytes_after_an_archive_are_padding(tmp_path, lines):
+    file = lines(tmp_path / "x.jsonl.gz", RECORDS)
+    file.write_bytes(file.read_bytes() + bytes(512))
+    assert read(file)[0] == as_tuples(RECORDS)
+
+
 def test_archive_larger_than_any_buffer(tmp_path, lines):
     records = [{"text": os.urandom(300_000).hex()} for _ in range(4)]
     found, _ = read(lines(tmp_path / "x.jsonl.zst", records))

@@ -119,8 +119,11 @@ def run(command: list[str], stage: dict[str, str], cwd: Path) -> subprocess.Comp
 
 
 def start(command: list[str], stage: dict[str, str], cwd: Path) -> subprocess.Popen[str]:
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=stage, cwd=cwd, stdout=pipe, stderr=pipe, text=True)
+    # A suite started in the background ignores SIGINT, and so would what it starts.
+    return subprocess.Popen(
+        command, env=stage, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
 
 
 # Words.

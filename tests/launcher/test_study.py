@@ -24,7 +24,7 @@ from shoal.launcher.arms import CorpusFacts, RunPlanner, best_rate, settle_arms
 from shoal.trainer.cost import flops_per_token, resident_bytes, training_flops_per_token
 
 SHOAL = str(Path(sys.executable).with_name("shoal"))
-CORPUS = CorpusFacts(Path("data/c/train"), Path("data/c/validation"), "abc", "def", 500)
+CORPUS = CorpusFacts(Path("data/c/train"), Path("data/c/validation"), "abc", "def", 500, 64)
 MOE = {"hidden": None, "moe": {"num_experts": 4, "active_experts": 2, "hidden": 24}}
 STUDY: dict[str, Any] = {
     "name": "small",
@@ -94,7 +94,9 @@ def test_shapes_meet_their_budgets_on_their_axis() -> None:
 def test_the_demo_meets_its_budgets_and_gives_every_arm_the_same() -> None:
     config = load_config(StudyConfig, find_config("studies/demo.yaml"))
     prepare = load_config(PrepareConfig, find_config(config.prepare))
-    corpus = CorpusFacts(Path("t"), Path("v"), "abc", "def", prepare.tokenizer.vocab_size)
+    corpus = CorpusFacts(
+        Path("t"), Path("v"), "abc", "def", prepare.tokenizer.vocab_size, prepare.context
+    )
     planner = RunPlanner(config, corpus, settle_arms(config, corpus))
     arms = [planner.arms[name] for name in config.arms]
     for arm in arms:
@@ -186,7 +188,7 @@ def test_a_stage_is_named_after_what_determines_it() -> None:
     assert judged.trial(dense, 1e-3).name != planner.trial(dense, 1e-3).name, "on other rows"
     longer = STUDY["run"] | {"train": STUDY["run"]["train"] | {"tokens": 9000}}
     assert plan(load(run=longer)).run(dense, 1e-3, 0).name != name
-    other = CorpusFacts(CORPUS.train, CORPUS.validation, "xyz", "def", 500)
+    other = CorpusFacts(CORPUS.train, CORPUS.validation, "xyz", "def", 500, 64)
     moved = RunPlanner(load(), other, settle_arms(load(), other))
     assert moved.run(moved.arms["dense"], 1e-3, 0).name != name
 

@@ -11,7 +11,7 @@ import pytest
 
 from shoal.configs.errors import PreflightError
 from shoal.configs.load import load_config
-from shoal.configs.schema import RunConfig
+from shoal.configs.schema import CheckpointConfig, RunConfig
 from shoal.launcher import training
 from shoal.launcher.outcomes import describe
 from shoal.launcher.screen import guard
@@ -34,6 +34,12 @@ def test_checkpoints_that_cannot_fit_are_refused(
     (tmp_path / "checkpoints/step-00000001").mkdir(parents=True)
     (tmp_path / "checkpoints/step-00000001/rank").write_bytes(bytes(1))
     training._check_disk(tmp_path, config)  # what lies there already is part of it
+    free = needed // 3
+    short = config.model_copy(update={"checkpoint": CheckpointConfig(every_steps=10**6)})
+    training._check_disk(tmp_path / "new", short)  # only one will ever be written
+    free = 0
+    (tmp_path / f"checkpoints/step-{config.steps:08d}").mkdir()
+    training._check_disk(tmp_path, config)  # nothing is left to write
 
 
 def test_a_full_disk_ends_a_command_and_a_rank_with_one_screen(
