@@ -248,6 +248,8 @@ class WorldConfig(Section):
     )
     threads: Literal["auto"] | Count = Field("auto", description="CPU threads of one rank")
     timeout_seconds: Count = Field(600, description="longest wait in one collective")
+    max_restarts: int = Field(3, ge=0, description="new attempts after ranks or hosts were lost")
+    min_hosts: Count = Field(1, description="with fewer hosts of the hostfile left, give up")
 
 
 class LedgerConfig(Section):

@@ -47,8 +47,8 @@ def prepare(config: Config, overrides: Overrides = None) -> None:
     """
     from shoal.configs.corpus import PrepareConfig
     from shoal.configs.load import load_config
+    from shoal.launcher.corpus import prepare_corpus
     from shoal.launcher.tables import progress_bars, shards_table, show
-    from shoal.launcher.training import prepare_corpus
 
     loaded = load_config(PrepareConfig, config, overrides or ())
     with progress_bars() as progress:

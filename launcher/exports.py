@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from shoal.configs.errors import ConfigError, DataError
 from shoal.configs.load import build_config, config_hash
 from shoal.configs.schema import KernelConfig, ModelConfig, RunConfig
-from shoal.launcher.training import CONFIG_FILE, Corpus, open_corpus, read_run
+from shoal.launcher.corpus import Corpus, open_corpus
+from shoal.launcher.runs import CONFIG_FILE, read_run
 
 if TYPE_CHECKING:
     from shoal.data_pipeline.shards import Rows

@@ -108,28 +108,39 @@ def _own_addresses() -> set[str]:
     }
 
 
-def local_slots(hosts: Sequence[Host], where: object) -> int:
-    """Return the ranks a hostfile asks of this machine, the only one it may name for now.
+def check_hosts(hosts: Sequence[Host], where: object) -> None:
+    """Refuse a hostfile that names this machine twice, or names it as no other can call it.
 
     Raises:
-        ConfigError: another machine is named, or this one under two names.
+        ConfigError: it does.
     """
-    others = [host.name for host in hosts if not is_local(host.name)]
-    if others:
+    here = [host for host in hosts if is_local(host.name)]
+    if len(here) > 1:
         raise ConfigError(
-            f"names {'another machine' if len(others) == 1 else 'other machines'} than this one: "
-            f"{', '.join(others)}; training over several hosts is not built yet, and this machine "
-            "will not train alone in their stead",
+            f"names this machine {len(here)} times: {', '.join(host.name for host in here)}",
             where=where,
-            fix=f"for one machine, write: localhost slots={sum(host.slots for host in hosts)}",
+            fix=f"write one line: {here[0].name} slots={sum(host.slots for host in here)}",
         )
-    if len(hosts) > 1:
+    if len(hosts) > 1 and here and here[0].name.lower() == "localhost":
         raise ConfigError(
-            f"names this machine {len(hosts)} times: {', '.join(host.name for host in hosts)}",
+            "names this machine localhost, which means another one on each of the others",
             where=where,
-            fix=f"write one line: localhost slots={sum(host.slots for host in hosts)}",
+            fix=f"give it the name the others know it by: {socket.gethostname()}",
         )
-    return hosts[0].slots
+
+
+def check_deepspeeds_hosts(hosts: Sequence[Host]) -> None:
+    """Refuse what DeepSpeed makes of a hostfile of one other machine: it trains here instead.
+
+    Raises:
+        ConfigError: this is such a rank.
+    """
+    if len(hosts) == 1 and not is_local(hosts[0].name):
+        raise ConfigError(
+            f"names {hosts[0].name} alone, and DeepSpeed starts that on this machine instead",
+            where="the hostfile DeepSpeed was given",
+            fix="put --hostfile after launcher/run.py, or add --force_multi before it",
+        )
 
 
 def hosts_of_deepspeed() -> list[Host]:

@@ -17,6 +17,8 @@ from shoal.configs.schema import RunConfig, Stream
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from shoal.launcher.hosts import Host
+
 
 @dataclass(frozen=True)
 class BatchPlan:
@@ -45,25 +47,17 @@ def plan_batch(config: RunConfig, num_ranks: int) -> BatchPlan:
     return BatchPlan(rows, num_ranks, micro_batches, num_ranks * sum(micro_batches) - rows)
 
 
-def print_plan(config: RunConfig, num_ranks: int, argv: Sequence[str]) -> None:
+def print_plan(config: RunConfig, hosts: Sequence[Host], argv: Sequence[str]) -> None:
     """Print everything a run would do, and start nothing.
 
     Raises:
         PreflightError: more ranks than GPUs on this machine.
     """
-    from shoal.launcher.processes import WORKER
-    from shoal.launcher.world import check_devices, resolve_threads
-
-    device = check_devices(num_ranks)
-    threads = resolve_threads(config.world.threads, num_ranks)
+    num_ranks = sum(host.slots for host in hosts)
     batch, train, model = plan_batch(config, num_ranks), config.train, config.model
-    noun = "rank" if num_ranks == 1 else "ranks"
-    ranks = [f"{r}={device}{f':{r}' if device == 'cuda' else ''}" for r in range(num_ranks)]
-    torchrun = ["torchrun", "--standalone", f"--nproc-per-node={num_ranks}", "--no-python"]
     lines = {
         "run": f"{config.name} -> {Path(config.output) / config.name}",
-        "ranks": f"{num_ranks} {noun} on {socket.gethostname()}: {' '.join(ranks)}",
-        "threads": f"{threads} CPU threads a rank",
+        **_place_ranks(config, hosts),
         "model": f"{model.family}, {model.num_layers} layers, width {model.width}, "
         f"context {model.context}" + (f", {model.moe.num_experts} experts" if model.moe else ""),
         "batch": f"{batch.rows} rows = {config.step_tokens:,} tokens a step; {batch.describe()}",
@@ -72,12 +66,57 @@ def print_plan(config: RunConfig, num_ranks: int, argv: Sequence[str]) -> None:
         "precision": f"{train.precision}, ZeRO stage {train.zero_stage}",
         "data": ", ".join(map(_describe_stream, config.data.train)) + _count_passes(config),
         "prepare": config.prepare or "nothing: the shards must exist",
-        "command": shlex.join(command_of(config, num_ranks, argv)),
-        "starts": shlex.join([*torchrun, *WORKER, *argv]),
+        **_list_commands(config, hosts, argv),
     }
     print("dry run: nothing is started")
     for label, text in lines.items():
         print(f"  {label:<10}{text}")
+
+
+def _place_ranks(config: RunConfig, hosts: Sequence[Host]) -> dict[str, str]:
+    """Return which rank runs where; devices of other machines are known to them alone."""
+    from shoal.launcher.hosts import is_local
+    from shoal.launcher.world import check_devices, resolve_threads
+
+    first, lines = 0, dict[str, str]()
+    for host in hosts:
+        noun = "rank" if host.slots == 1 else "ranks"
+        numbers = range(first, first + host.slots)
+        if is_local(host.name):
+            device = check_devices(host.slots)
+            gpus = device == "cuda"
+            ranks = [f"{r}={device}{f':{i}' if gpus else ''}" for i, r in enumerate(numbers)]
+            threads = resolve_threads(config.world.threads, host.slots)
+            name, where = socket.gethostname(), " ".join(ranks) + f"; {threads} CPU threads a rank"
+        else:
+            name, where = host.name, " ".join(map(str, numbers))
+        label = "ranks" if len(hosts) == 1 else f"host {len(lines)}"
+        lines[label] = f"{host.slots} {noun} on {name}: {where}"
+        first += host.slots
+    return lines
+
+
+def _list_commands(config: RunConfig, hosts: Sequence[Host], argv: Sequence[str]) -> dict[str, str]:
+    """Return what a user can type for this plan, and what starts the ranks."""
+    from shoal.launcher.fanout import SSH, guard_command, remote_command
+    from shoal.launcher.hosts import is_local
+    from shoal.launcher.processes import WORKER
+
+    if len(hosts) == 1 and is_local(hosts[0].name):
+        ranks = hosts[0].slots
+        torchrun = ["torchrun", "--standalone", f"--nproc-per-node={ranks}", "--no-python"]
+        return {
+            "command": shlex.join(command_of(config, ranks, argv)),
+            "starts": shlex.join([*torchrun, *WORKER, *argv]),
+        }
+    return {
+        f"starts {index}": shlex.join(
+            guard_command()
+            if is_local(host.name)
+            else [*SSH, "--", host.name, remote_command(Path.cwd())]
+        )
+        for index, host in enumerate(hosts)
+    }
 
 
 def _describe_stream(stream: Stream) -> str:

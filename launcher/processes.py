@@ -1,4 +1,4 @@
-"""Start the ranks of one job on this machine, watch them, and end as they end.
+"""Start the ranks of one machine, watch them, and end as they end.
 
 torchrun's agent (`torch.distributed.launcher.api`) starts the ranks, once: it never restarts them.
 What is ours is the end: signals reach the ranks and give them the time to save, a failed rank ends
@@ -19,12 +19,14 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
-from shoal.configs.errors import PreflightError, ShoalError, StoppedOnRequest
+from shoal.configs.errors import PreflightError
+from shoal.launcher.endings import Ending, interrupted, raise_failure
 from shoal.launcher.outcomes import (
     FOLDER_VARIABLE,
     PARENT_VARIABLE,
@@ -47,12 +49,25 @@ WORKER = (sys.executable, "-P", "-m", "shoal.launcher.run", "--worker")
 LOOPBACK = "127.0.0.1"
 WATCH_SECONDS = 0.1
 FAILURE_GRACE_SECONDS = 3.0
+Advice = Literal["go", "stop", "kill"]
 
 logger = logging.getLogger(__name__)
 
 
-class Interrupted(ShoalError):
-    """A signal ended the job before there was anything to save; exits with 128 + signal."""
+@dataclass(frozen=True)
+class Place:
+    """Where the ranks of one machine stand in their job; by default they are all of it."""
+
+    first_rank: int = 0
+    host: int = 0
+    num_hosts: int = 1
+    endpoint: str = f"{LOOPBACK}:0"
+    """Where the job's machines meet; port 0: any free one."""
+    interface: str = "lo"
+    """Network interface that leads to the other machines."""
+
+
+ALONE = Place()
 
 
 def launch_ranks(
@@ -62,17 +77,49 @@ def launch_ranks(
     threads: Literal["auto"] | int = "auto",
     timeout: float = 600,
     command: Sequence[str] = WORKER,
-    watch: Sequence[int] = (),
+    gone: Callable[[], bool] = lambda: False,
 ) -> None:
     """Run `command` + `argv` as `num_ranks` ranks on this machine; return when all are done.
 
     SIGTERM, SIGINT and SIGHUP are passed on, and the ranks take the time they need to save; a
-    second SIGINT kills them. `timeout` is how many seconds the ranks may take to start. When one of
-    the processes in `watch` is gone, the ranks are asked to stop.
+    second SIGINT kills them. `timeout` is how many seconds the ranks may take to start. When
+    `gone` says that nobody is left who wants this, the ranks are asked to stop.
 
     Raises:
         StoppedOnRequest: a signal arrived and the ranks saved a checkpoint.
         ShoalError: the first failure of a rank, as the rank raised it; a note names rank and host.
+    """
+    ending = run_ranks(
+        num_ranks,
+        argv,
+        threads=threads,
+        timeout=timeout,
+        command=command,
+        advise=lambda: "stop" if gone() else "go",
+    )
+    raise_failure(ending)
+
+
+def run_ranks(
+    num_ranks: int,
+    argv: Sequence[str],
+    *,
+    place: Place = ALONE,
+    threads: Literal["auto"] | int = "auto",
+    timeout: float = 600,
+    command: Sequence[str] = WORKER,
+    advise: Callable[[], Advice] = lambda: "go",
+) -> Ending:
+    """Run this machine's ranks of a job and return how they ended.
+
+    Args:
+        num_ranks: Ranks on this machine.
+        argv: What `command` is given.
+        place: Where they stand among the machines of the job.
+        threads: CPU threads of a rank.
+        timeout: Seconds the ranks may take to start.
+        command: Program of a rank.
+        advise: Asked several times a second whether to go on, to stop (the ranks save), or to kill.
     """
     device = check_devices(num_ranks)
     with tempfile.TemporaryDirectory(prefix="shoal-", ignore_cleanup_errors=True) as folder:
@@ -81,14 +128,25 @@ def launch_ranks(
             FOLDER_VARIABLE: folder,
             PARENT_VARIABLE: str(os.getpid()),
             "OMP_NUM_THREADS": str(resolve_threads(threads, num_ranks)),
-            "GLOO_SOCKET_IFNAME": "lo",
+            "GLOO_SOCKET_IFNAME": place.interface,
         }
+        if place.num_hosts > 1:  # where the user has not chosen
+            for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+                added[name] = os.environ.get(name, place.interface)
         if device == "cpu":
             added["DS_ACCELERATOR"] = "cpu"
-        watcher = _Watcher(outcomes, watch)
+        watcher = _Watcher(outcomes, advise)
         with _environment(added), watcher:
-            exit_codes = _run_agent(num_ranks, [*command, *argv], outcomes, timeout)
-        _raise_failure(outcomes, num_ranks, exit_codes, watcher)
+            exit_codes = _run_agent(num_ranks, place, [*command, *argv], outcomes, timeout)
+        ranks = list(range(place.first_rank, place.first_rank + num_ranks))
+        return Ending(
+            ranks,
+            read_outcomes(outcomes),
+            exit_codes,
+            watcher.ended_by_us,
+            watcher.signal,
+            dict.fromkeys(ranks, socket.gethostname()),
+        )
 
 
 def train_configs(configs: Sequence[RunConfig]) -> None:
@@ -113,7 +171,7 @@ def train_configs(configs: Sequence[RunConfig]) -> None:
 
 
 def _run_agent(
-    num_ranks: int, command: Sequence[str], folder: Path, timeout: float
+    num_ranks: int, place: Place, command: Sequence[str], folder: Path, timeout: float
 ) -> dict[int, int]:
     """Let torchrun's agent run the ranks; return the exit codes of those that failed."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -122,16 +180,19 @@ def _run_agent(
 
     # The agent's own reports repeat, less clearly, what _raise_failure says.
     _quieten("torch.distributed.elastic", "torch.distributed.launcher")
+    alone = place.num_hosts == 1
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        min_nodes=place.num_hosts,
+        max_nodes=place.num_hosts,
         nproc_per_node=num_ranks,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint=f"{LOOPBACK}:0",
-        rdzv_configs={"timeout": int(timeout)},
+        # Common to all machines of an attempt, and of this attempt alone: its port is new.
+        run_id=uuid.uuid4().hex if alone else place.endpoint,
+        # Among several machines the first one in the hostfile holds rank 0, and so on.
+        rdzv_backend="c10d" if alone else "static",
+        rdzv_endpoint=place.endpoint,
+        rdzv_configs={"timeout": int(timeout)} | ({} if alone else {"rank": place.host}),
         max_restarts=0,
-        local_addr=LOOPBACK,
+        local_addr=LOOPBACK if alone else None,
         # No redirection: the progress bar of rank 0 must see the terminal.
         logs_specs=DefaultLogsSpecs(log_dir=str(folder / "agent")),
         # The agent's handlers would cut a save off after 30 s; ours (_Watcher) take its signals.
@@ -150,74 +211,19 @@ def _quieten(*names: str) -> None:
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def _raise_failure(
-    folder: Path, num_ranks: int, exit_codes: Mapping[int, int], watcher: _Watcher
-) -> None:
-    """Raise what the job ended with; nothing if every rank finished its work.
-
-    A rank that was killed comes before any error of another rank: those lost their peer. Among
-    errors the earliest counts, for the same reason.
-    """
-    outcomes = read_outcomes(folder)
-    failures = sorted((o for o in outcomes.values() if o.is_failure), key=lambda o: o.ended)
-    silent = [rank for rank in range(num_ranks) if rank not in outcomes]
-    stops = [o for o in outcomes.values() if o.kind == StoppedOnRequest.__name__]
-    if watcher.signal and (silent or failures) and not stops:
-        raise _interrupted(watcher.signal)
-    silent = [rank for rank in silent if rank not in watcher.ended_by_us] or silent
-    for rank in silent:
-        code = exit_codes.get(rank, 0)
-        if code < 0 and code != -signal.SIGTERM and rank not in watcher.ended_by_us:
-            raise _explain_silence(rank, code)
-    if failures or stops:
-        raise (failures or stops)[0].to_error()
-    if silent:  # the agent itself ends the peers of a failed rank, with SIGTERM
-        first = min(silent, key=lambda rank: exit_codes.get(rank, 0) in (0, -signal.SIGTERM))
-        raise _explain_silence(first, exit_codes.get(first))
-    if watcher.signal:  # the caller may have more to do, and was asked not to
-        raise StoppedOnRequest("stopped on request; what was running is finished and saved")
-
-
-def _interrupted(number: int) -> Interrupted:
-    error = Interrupted(
-        f"stopped by {signal.Signals(number).name} before a checkpoint could be saved",
-        fix="run the same command again: it goes on from the newest checkpoint there is",
-    )
-    error.exit_code = 128 + number
-    return error
-
-
-def _explain_silence(rank: int, code: int | None) -> ShoalError:
-    """Return the error for a rank that ended without a word."""
-    fix = "the lines above, if any, are the rank's own last words"
-    if code is not None and code < 0:
-        how = f"was killed by {signal.Signals(-code).name}"
-        if -code == signal.SIGKILL:
-            fix = (
-                "most likely memory ran out (`dmesg` tells): train.activation_checkpointing=true, "
-                "or a lower train.micro_batch_rows (under another name= for a mixture of experts "
-                "or with dropout, where the result depends on it)"
-            )
-    else:
-        how = f"ended without a word (exit code {code})"
-    error = ShoalError(f"rank {rank} {how}", fix=fix)
-    error.add_note(f"failed first: rank {rank} on {socket.gethostname()}")
-    return error
-
-
 class _Watcher:
     """A thread that passes signals on to the ranks and ends them all when one has failed."""
 
-    def __init__(self, folder: Path, watch: Sequence[int]) -> None:
+    def __init__(self, folder: Path, advise: Callable[[], Advice]) -> None:
         self.signal: int | None = None
         self.ended_by_us: set[int] = set()
         self._folder = folder
+        self._advise = advise
         self._interrupts = 0
         self._told: set[int] = set()
         self._ranks: dict[int, int] = {}  # rank -> pidfd: a process id alone may be reused
         self._gone: set[int] = set()
         self._failed_at: float | None = None
-        self._ancestors = [fd for pid in watch if (fd := _open_process(pid)) is not None]
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="ranks", daemon=True)
         self._previous: dict[signal.Signals, Any] = {}
@@ -235,34 +241,42 @@ class _Watcher:
         self._thread.join()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        for descriptor in (*self._ranks.values(), *self._ancestors):
+        for descriptor in self._ranks.values():
             os.close(descriptor)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.signal = self.signal or number
         self._interrupts += number == signal.SIGINT
         if not read_pids(self._folder) and self._interrupts > 1:
-            raise _interrupted(number)
+            raise interrupted(number)
 
     def _watch(self) -> None:
+        try:
+            self._look_after()
+        except BaseException:  # nobody would look after the ranks any more
+            self._kill()
+            raise
+
+    def _look_after(self) -> None:
         while not self._over.wait(WATCH_SECONDS):
-            if self._ancestors and _any_gone(self._ancestors):
+            advice = self._advise()
+            if advice == "stop":
                 self.signal = self.signal or signal.SIGTERM
             for rank, pid in read_pids(self._folder).items():
                 if rank not in self._ranks and rank not in self._gone:
-                    if (descriptor := _open_process(pid)) is None:
+                    if (descriptor := open_process(pid)) is None:
                         self._gone.add(rank)
                     else:
                         self._ranks[rank] = descriptor
             if self.signal:
                 self._send(signal.SIGTERM, self._ranks.keys() - self._told)
                 self._told |= self._ranks.keys()
-            if self._interrupts > 1 or self._failed_long_ago():
+            if advice == "kill" or self._interrupts > 1 or self._failed_long_ago():
                 self._kill()
 
     def _failed_long_ago(self) -> bool:
         """Whether some rank failed, and the others had time to notice by themselves."""
-        self._gone |= {rank for rank, fd in self._ranks.items() if _any_gone([fd])}
+        self._gone |= {rank for rank, fd in self._ranks.items() if any_gone([fd])}
         outcomes = read_outcomes(self._folder)  # after that: a rank leaves word before it goes
         failed = bool(self._gone - outcomes.keys()) or any(
             outcome.is_failure for outcome in outcomes.values()
@@ -272,7 +286,7 @@ class _Watcher:
         return failed and time.monotonic() - (self._failed_at or 0) > FAILURE_GRACE_SECONDS
 
     def _kill(self) -> None:
-        alive = {rank for rank, fd in self._ranks.items() if not _any_gone([fd])}
+        alive = {rank for rank, fd in self._ranks.items() if not any_gone([fd])}
         self.ended_by_us |= alive - read_outcomes(self._folder).keys()
         self._send(signal.SIGKILL, alive)
 
@@ -282,7 +296,7 @@ class _Watcher:
                 signal.pidfd_send_signal(self._ranks[rank], number)
 
 
-def _open_process(pid: int) -> int | None:
+def open_process(pid: int) -> int | None:
     """Return a descriptor that becomes readable when the process is gone; None if it is."""
     try:
         return os.pidfd_open(pid)
@@ -294,7 +308,8 @@ def _open_process(pid: int) -> int | None:
         ) from None
 
 
-def _any_gone(descriptors: Sequence[int]) -> bool:
+def any_gone(descriptors: Sequence[int]) -> bool:
+    """Return whether one of the processes that `open_process` opened has ended."""
     return bool(select.select(descriptors, [], [], 0)[0])
 
 

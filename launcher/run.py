@@ -49,7 +49,7 @@ examples:
 The same command again continues from the newest checkpoint.
 exit codes: 0 done, 2 usage or configuration, 3 data, 4 preflight,
             5 stopped on request with a checkpoint saved (start it again), 128 + N ended by
-            signal N before there was anything to save, 1 anything else
+            signal N before there was anything to save, 6 every attempt failed, 1 other
 """
 
 
@@ -131,10 +131,9 @@ def execute(order: Order) -> None:
 
 
 def launch(order: Order, watch: Sequence[int] = ()) -> None:
-    """Start the ranks on this machine and wait for them; with --dry-run only say what would be."""
-    from shoal.launcher.hosts import local_slots, read_hostfile
+    """Start the ranks and wait for them; with --dry-run only say what would be."""
+    from shoal.launcher.hosts import Host, check_hosts, read_hostfile
     from shoal.launcher.plan import print_plan
-    from shoal.launcher.processes import launch_ranks
     from shoal.launcher.screen import newest_checkpoint_note
     from shoal.launcher.world import foreign_ranks, resolve_ranks, under_foreign_launcher
 
@@ -142,22 +141,23 @@ def launch(order: Order, watch: Sequence[int] = ()) -> None:
     if order.hostfile is None:
         started = order.dry_run and under_foreign_launcher()
         num_ranks = foreign_ranks()[0] if started else resolve_ranks(config.world.ranks)
+        hosts = [Host("localhost", num_ranks)]
     else:
-        num_ranks = local_slots(read_hostfile(order.hostfile), where=order.hostfile)
+        hosts = read_hostfile(order.hostfile)
+        check_hosts(hosts, where=order.hostfile)
     argv = [*order.configs, *order.overrides]
     if order.dry_run:
-        print_plan(config, num_ranks, argv)
+        print_plan(config, hosts, argv)
         return
+    from shoal.launcher.supervision import supervise
+
+    run = Path(config.output) / config.name
     try:
-        launch_ranks(
-            num_ranks,
-            argv,
-            threads=config.world.threads,
-            timeout=config.world.timeout_seconds,
-            watch=watch,
-        )
+        supervise(hosts, argv, config, watch)
     except ShoalError as error:
-        error.add_note(newest_checkpoint_note(Path(config.output) / config.name))
+        note = newest_checkpoint_note(run)
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
         raise
 
 
@@ -178,7 +178,7 @@ def run_foreign_rank(order: Order) -> NoReturn:
     Those may be killed without their ranks noticing, so the ranks watch them; and DeepSpeed starts
     a hostfile of one other machine on this one, so the ranks look at what it was told.
     """
-    from shoal.launcher.hosts import hosts_of_deepspeed, local_slots
+    from shoal.launcher.hosts import check_deepspeeds_hosts, hosts_of_deepspeed
     from shoal.launcher.screen import guard
     from shoal.launcher.world import STOP_SIGNALS, StopRequest, foreign_ranks, resolve_threads
 
@@ -186,9 +186,7 @@ def run_foreign_rank(order: Order) -> NoReturn:
     stop.install(STOP_SIGNALS)
 
     def work() -> None:
-        hosts = hosts_of_deepspeed()
-        if hosts:
-            local_slots(hosts, where="the hostfile DeepSpeed was given")
+        check_deepspeeds_hosts(hosts_of_deepspeed())
         num_ranks, local_ranks = foreign_ranks()
         threads = resolve_threads(order.load()[0].world.threads, local_ranks)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))

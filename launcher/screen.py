@@ -65,7 +65,13 @@ def show_bug(error: BaseException) -> None:
 
 def newest_checkpoint_note(run: Path) -> str:
     """Return a line that says where the newest checkpoint of a run is, judging by names alone."""
-    found = sorted(run.glob("checkpoints/step-*/manifest.json"))
+    found = newest_checkpoint(run)
     if not found:
         return f"newest checkpoint: none yet in {run}"
-    return f"newest checkpoint: {found[-1].parent} (the same command continues from there)"
+    return f"newest checkpoint: {found} (the same command continues from there)"
+
+
+def newest_checkpoint(run: Path) -> str | None:
+    """Return the folder of a run's newest checkpoint, judging by names alone."""
+    found = sorted(run.glob("checkpoints/step-*/manifest.json"))
+    return str(found[-1].parent) if found else None

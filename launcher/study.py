@@ -20,16 +20,11 @@ from shoal.configs.load import find_config, load_config
 from shoal.configs.schema import RunConfig
 from shoal.configs.study import StudyConfig
 from shoal.launcher.arms import Arm, CorpusFacts, RunPlanner, best_rate, settle_arms
+from shoal.launcher.corpus import open_corpus, prepare_corpus
 from shoal.launcher.exports import export_run, export_untrained
+from shoal.launcher.runs import has_diverged, is_complete, run_folder
 from shoal.launcher.screen import newest_checkpoint_note
 from shoal.launcher.tables import progress_bars
-from shoal.launcher.training import (
-    has_diverged,
-    is_complete,
-    open_corpus,
-    prepare_corpus,
-    run_folder,
-)
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -99,7 +99,7 @@ def runs_table(folder: Path) -> Table:
 
 
 def _run_row(run: Path) -> list[str]:
-    from shoal.launcher.training import read_run
+    from shoal.launcher.runs import read_run
 
     config, records = read_run(run), _records(run)
     losses = [r for r in records if r["kind"] == "train"]
@@ -150,7 +150,7 @@ def inspect_path(path: Path) -> Table:
 
 
 def _describe_run(run: Path) -> Table:
-    from shoal.launcher.training import read_run
+    from shoal.launcher.runs import read_run
     from shoal.trainer.ledger import read_ledger
 
     config, ledger = read_run(run), run / "ledger.jsonl"

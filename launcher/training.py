@@ -9,47 +9,28 @@ import fcntl
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoal.configs.corpus import PrepareConfig
 from shoal.configs.errors import ConfigError, DataError, PreflightError
-from shoal.configs.load import build_config, dump_config, load_config, read_tree
+from shoal.configs.load import dump_config
 from shoal.configs.schema import RunConfig
+from shoal.launcher.corpus import Corpus, open_corpus, wait_for_corpus
+from shoal.launcher.runs import CONFIG_FILE, DIVERGED, run_folder
 from shoal.trainer.storage import write_text
 
 if TYPE_CHECKING:
     import torch
 
     from shoal.data_pipeline.loader import Loader
-    from shoal.data_pipeline.shards import Manifest, Prepared, Rows
-    from shoal.launcher.tables import Progress
+    from shoal.data_pipeline.shards import Manifest
     from shoal.launcher.world import World
     from shoal.trainer.loop import RunFacts, Validation
     from shoal.trainer.objective import Objective, Teacher
 
-CONFIG_FILE = "config.yaml"
-DIVERGED = "diverged.txt"
-WAIT_SECONDS = 1.0
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """The shards of a run, opened."""
-
-    train: list[tuple[Rows, float]]
-    validation: Rows | None
-
-    @property
-    def manifest(self) -> Manifest:
-        """Manifest of the first training stream; the others agree on tokenizer and row length."""
-        return self.train[0][0].manifest
-
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint remembers of its data."""
-        return {"streams": [[rows.manifest.shards_hash, weight] for rows, weight in self.train]}
+LOCK_SECONDS = 10
 
 
 def train(configs: Sequence[RunConfig], world: World) -> None:
@@ -223,103 +204,6 @@ def _run_facts(config: RunConfig, world: World, objective: Objective, stage: int
     )
 
 
-def run_folder(config: RunConfig) -> Path:
-    """Return where a run lives."""
-    return Path(config.output) / config.name
-
-
-def is_complete(folder: Path, config: RunConfig) -> bool:
-    """Return whether a run has its last checkpoint, whole; a damaged one is trained again."""
-    from shoal.trainer.checkpoint import checkpoint_name, verify_checkpoint
-
-    last = folder / "checkpoints" / checkpoint_name(config.steps)
-    try:
-        verify_checkpoint(last)
-    except DataError:
-        return False
-    return True
-
-
-def has_diverged(folder: Path) -> bool:
-    """Return whether a run was a trial that ended in a loss that is not a number."""
-    return (folder / DIVERGED).is_file()
-
-
-def ensure_prepared(config: RunConfig) -> None:
-    """Prepare the run's corpus if its config names one and the shards are absent."""
-    if config.prepare and not _is_under_way(config):
-        from shoal.launcher.tables import progress_bars
-
-        with progress_bars() as progress:
-            prepare_corpus(load_config(PrepareConfig, config.prepare), progress)
-
-
-def _is_under_way(config: RunConfig) -> bool:
-    """Whether a run has been started on shards that are still there.
-
-    Its checkpoints know those by their hash, so the text they were made from may be gone.
-    """
-    folders = [Path(stream.path) for stream in config.data.train]
-    folders += [Path(config.data.validation)] if config.data.validation else []
-    started = any(run_folder(config).glob("checkpoints/step-[0-9]*"))
-    return started and all((folder / "manifest.json").is_file() for folder in folders)
-
-
-def prepare_corpus(config: PrepareConfig, progress: Progress | None = None) -> Prepared:
-    """Prepare a corpus, and book what that cost beside it; nothing is done twice."""
-    from shoal.data_pipeline.shards import prepare, read_manifest
-    from shoal.trainer.ledger import LedgerEntry, append_entry, now
-
-    started, begun = now(), time.monotonic()
-    present = Path(config.output).exists()
-    prepared = prepare(config, progress)
-    if not present:
-        entry = LedgerEntry(
-            kind="prepare",
-            stage=config.name,
-            scope="generic",
-            started=started,
-            seconds=time.monotonic() - begun,
-            tokens=read_manifest(prepared.train).tokens,
-        )
-        append_entry(prepared.output / "ledger.jsonl", entry)
-    return prepared
-
-
-def wait_for_corpus(config: RunConfig, world: World) -> None:
-    """Rank 0 of every machine prepares what is absent; the others wait for it.
-
-    Happens before the process group exists, so that no collective times out on a large corpus.
-
-    Raises:
-        DataError: the run names shards that this does not prepare, and that are not there.
-    """
-    if world.local_rank == 0:
-        ensure_prepared(config)
-        open_corpus(config)
-        return
-    folders = [Path(stream.path) for stream in config.data.train]
-    while config.prepare and not all((f / "manifest.json").is_file() for f in folders):
-        time.sleep(WAIT_SECONDS)
-
-
-def open_corpus(config: RunConfig) -> Corpus:
-    """Open the shards a run names and check that they belong together.
-
-    Raises:
-        DataError: missing or altered shards, a tokenizer that is not theirs, or streams that do not
-            belong together.
-        ConfigError: the model's context is not that of the rows.
-    """
-    from shoal.data_pipeline.shards import Rows, check_alike, check_context
-
-    streams = [(Rows.open(Path(s.path)), s.weight) for s in config.data.train]
-    validation = Rows.open(Path(config.data.validation)) if config.data.validation else None
-    check_alike([*(rows for rows, _ in streams), *([validation] if validation else [])])
-    check_context(streams[0][0].manifest, config.model.context)
-    return Corpus(streams, validation)
-
-
 def resolve_run(config: RunConfig, manifest: Manifest) -> RunConfig:
     """Fill in what only the shards know: the vocabulary size."""
     model = config.model.with_vocab(manifest.vocab_size)
@@ -385,22 +269,15 @@ def _lock(folder: Path, world: World) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / ".lock").open("w")
     if world.rank == 0:
-        for _ in range(10):  # ranks of a killed job may take a moment to go
+        for _ in range(LOCK_SECONDS):  # ranks of a killed job may take a moment to go
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return file
             except BlockingIOError:
-                time.sleep(WAIT_SECONDS)
+                time.sleep(1)
         raise PreflightError(
             "another process is training this run",
             where=folder,
             fix="wait for it, stop it, or give this one another name=",
         )
     return file
-
-
-def read_run(folder: Path) -> RunConfig:
-    """Read the resolved config of a run folder."""
-    if not (folder / CONFIG_FILE).is_file():
-        raise ConfigError("not a run: it has no config.yaml", where=folder, fix="shoal runs")
-    return build_config(RunConfig, read_tree(folder / CONFIG_FILE), where=folder / CONFIG_FILE)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from shoal.configs.errors import ConfigError
 from shoal.configs.schema import RunConfig
 from shoal.configs.study import BudgetConfig, TasksConfig
+from shoal.launcher.runs import run_folder
 from shoal.launcher.tables import progress_bars
-from shoal.launcher.training import run_folder
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from shoal.configs.errors import ConfigError
-from shoal.launcher.hosts import Host, hosts_of_deepspeed, is_local, local_slots, read_hostfile
+from shoal.launcher.hosts import Host, check_hosts, hosts_of_deepspeed, is_local, read_hostfile
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -91,22 +91,17 @@ def test_other_machines_are_not_local(name: str) -> None:
     assert not is_local(name)
 
 
-def test_slots_of_this_machine() -> None:
-    assert local_slots([Host("localhost", 3)], where="hosts") == 3
-
-
-def test_other_machines_are_refused_never_replaced() -> None:
-    with pytest.raises(ConfigError) as caught:
-        local_slots([Host("localhost", 2), Host("192.0.2.7", 4)], where="hosts")
-    text = str(caught.value)
-    assert "another machine than this one: 192.0.2.7" in text
-    assert "several hosts is not built yet" in text
-    assert "localhost slots=6" in text
-
-
 def test_this_machine_under_two_names_is_refused() -> None:
     with pytest.raises(ConfigError, match="names this machine 2 times"):
-        local_slots([Host("localhost", 2), Host("127.0.0.1", 2)], where="hosts")
+        check_hosts([Host("localhost", 2), Host("127.0.0.1", 2)], where="hosts")
+
+
+def test_localhost_among_others_is_refused() -> None:
+    check_hosts([Host("localhost", 2)], where="hosts")
+    check_hosts([Host("192.0.2.7", 2), Host("192.0.2.8", 2)], where="hosts")
+    with pytest.raises(ConfigError, match="names this machine localhost") as caught:
+        check_hosts([Host("localhost", 2), Host("192.0.2.7", 4)], where="hosts")
+    assert socket.gethostname() in (caught.value.fix or "")
 
 
 def test_no_deepspeed_no_hosts() -> None:

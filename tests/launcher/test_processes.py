@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from shoal.configs.errors import DataError, PreflightError, ShoalError, StoppedOnRequest
+from shoal.launcher.endings import Ending, Interrupted, raise_failure
 from shoal.launcher.outcomes import Outcome
-from shoal.launcher.processes import Interrupted, _raise_failure, _Watcher, launch_ranks
+from shoal.launcher.processes import launch_ranks
 
 WORKER = """
 import os, signal, sys, time
@@ -112,64 +113,58 @@ def outcome(rank: int, kind: str, ended: float = 0.0) -> Outcome:
 
 
 def decide(
-    tmp_path: Path, outcomes: list[Outcome], codes: dict[int, int], number: int | None = None
+    outcomes: list[Outcome], codes: dict[int, int], number: int | None = None
 ) -> ShoalError | None:
-    import json
-    from dataclasses import asdict
-
-    for item in outcomes:
-        (tmp_path / f"rank-{item.rank}.json").write_text(json.dumps(asdict(item)))
-    watcher = _Watcher(tmp_path, ())
-    watcher.signal = number
+    ending = Ending([0, 1], {item.rank: item for item in outcomes}, codes, set(), number)
     try:
-        _raise_failure(tmp_path, 2, codes, watcher)
+        raise_failure(ending)
     except ShoalError as error:
         return error
     return None
 
 
-def test_all_done_is_no_error(tmp_path: Path) -> None:
-    assert decide(tmp_path, [outcome(0, "done"), outcome(1, "done")], {}) is None
+def test_all_done_is_no_error() -> None:
+    assert decide([outcome(0, "done"), outcome(1, "done")], {}) is None
 
 
-def test_crash_in_an_interpreter_that_had_finished_is_no_error(tmp_path: Path) -> None:
-    assert decide(tmp_path, [outcome(0, "done"), outcome(1, "done")], {1: -11}) is None
+def test_crash_in_an_interpreter_that_had_finished_is_no_error() -> None:
+    assert decide([outcome(0, "done"), outcome(1, "done")], {1: -11}) is None
 
 
-def test_earliest_error_wins(tmp_path: Path) -> None:
-    error = decide(tmp_path, [outcome(0, "DataError", 2), outcome(1, "PreflightError", 1)], {})
+def test_earliest_error_wins() -> None:
+    error = decide([outcome(0, "DataError", 2), outcome(1, "PreflightError", 1)], {})
     assert type(error) is PreflightError
 
 
-def test_killed_rank_explains_the_errors_of_its_peers(tmp_path: Path) -> None:
-    error = decide(tmp_path, [outcome(0, "RuntimeError", 1)], {1: -9})
+def test_killed_rank_explains_the_errors_of_its_peers() -> None:
+    error = decide([outcome(0, "RuntimeError", 1)], {1: -9})
     assert "rank 1 was killed by SIGKILL" in str(error)
     assert "memory" in str(error)
 
 
-def test_rank_that_the_agent_ended_is_not_the_cause(tmp_path: Path) -> None:
-    error = decide(tmp_path, [outcome(0, "DataError", 1)], {1: -15})
+def test_rank_that_the_agent_ended_is_not_the_cause() -> None:
+    error = decide([outcome(0, "DataError", 1)], {1: -15})
     assert type(error) is DataError
 
 
-def test_rank_that_the_agent_ended_is_not_the_cause_of_a_silent_end(tmp_path: Path) -> None:
-    error = decide(tmp_path, [], {0: -15, 1: 7})
+def test_rank_that_the_agent_ended_is_not_the_cause_of_a_silent_end() -> None:
+    error = decide([], {0: -15, 1: 7})
     assert "rank 1 ended without a word (exit code 7)" in str(error)
 
 
-def test_stop_is_a_stop(tmp_path: Path) -> None:
+def test_stop_is_a_stop() -> None:
     both = [outcome(0, "StoppedOnRequest"), outcome(1, "StoppedOnRequest")]
-    error = decide(tmp_path, both, {0: 5, 1: 5}, number=15)
+    error = decide(both, {0: 5, 1: 5}, number=15)
     assert type(error) is StoppedOnRequest
     assert not hasattr(error, "__notes__")
 
 
-def test_stop_after_the_end_keeps_the_caller_from_going_on(tmp_path: Path) -> None:
-    error = decide(tmp_path, [outcome(0, "done"), outcome(1, "done")], {}, number=15)
+def test_stop_after_the_end_keeps_the_caller_from_going_on() -> None:
+    error = decide([outcome(0, "done"), outcome(1, "done")], {}, number=15)
     assert type(error) is StoppedOnRequest
 
 
-def test_signal_before_anything_was_saved(tmp_path: Path) -> None:
-    error = decide(tmp_path, [], {0: 143, 1: 143}, number=15)
+def test_signal_before_anything_was_saved() -> None:
+    error = decide([], {0: 143, 1: 143}, number=15)
     assert type(error) is Interrupted
     assert error.exit_code == 143

@@ -205,7 +205,7 @@ def test_dry_run_says_everything_and_starts_nothing(stage: dict[str, str], tmp_p
     lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines()[1:])
     assert lines["run"] == "dry -> runs/dry"
     assert lines["ranks"].startswith("3 ranks on ")
-    assert lines["ranks"].endswith(": 0=cpu 1=cpu 2=cpu")
+    assert ": 0=cpu 1=cpu 2=cpu; " in lines["ranks"]
     assert lines["batch"] == "20 rows = 5,120 tokens a step; each rank 1 x 7 rows; 1 padded row"
     assert lines["steps"] == "196"
     assert lines["tokens"] == "1,003,520 (1,000,000 asked for)"
@@ -342,7 +342,7 @@ def test_without_hostfile_the_config_says_how_many(stage: dict[str, str], tmp_pa
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("far-away.invalid slots=2\n", "not built yet"),
+        ("localhost slots=2\n192.0.2.7 slots=2\n", "names this machine localhost"),
         ("-oProxyCommand=true slots=2\n", "no host name"),
         ("localhost slots=2\nlocalhost slots=2\n", "named twice"),
         ("", "names no host"),
@@ -364,22 +364,39 @@ def test_bad_hostfile_ends_with_one_screen(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["script's hostfile", "deepspeed's hostfile"])
-def test_other_hosts_are_refused_under_deepspeed(
-    form: str, stage: dict[str, str], tmp_path: Path
-) -> None:
+def test_one_other_host_is_refused_under_deepspeed(stage: dict[str, str], tmp_path: Path) -> None:
     """DeepSpeed starts a hostfile of one other machine on this one; our ranks do not train it."""
     hosts = tmp_path / "hosts"
     hosts.write_text("192.0.2.7 slots=1\n")
-    script_first = [DEEPSPEED, RUN, "--hostfile", str(hosts)]
-    done = run(
-        script_first if form == "script's hostfile" else [DEEPSPEED, "--hostfile", str(hosts), RUN],
-        stage,
-        tmp_path,
-    )
+    done = run([DEEPSPEED, "--hostfile", str(hosts), RUN], stage, tmp_path)
     assert done.returncode == 2, done.stderr
-    assert "not built yet" in done.stderr
+    assert "DeepSpeed starts that on this machine instead" in done.stderr
     assert records(stage) == []
+
+
+def test_a_host_that_does_not_answer_is_named_before_anything_starts(
+    stage: dict[str, str], tmp_path: Path
+) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("far-away.invalid slots=1\nother.invalid slots=1\n")
+    Path(tmp_path / "site/ssh").write_text("#!/bin/sh\necho 'no route to it' >&2\nexit 255\n")
+    done = run([sys.executable, RUN, "--hostfile", str(hosts)], stage, tmp_path)
+    assert done.returncode == 4, done.stderr
+    assert "far-away.invalid: no route to it (exit code 255) (1 more: other.invalid)" in done.stderr
+    assert records(stage) == []
+
+
+def test_dry_run_over_hosts_says_who_runs_where(stage: dict[str, str], tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("192.0.2.7 slots=2\n192.0.2.8 slots=1\n")
+    done = run([sys.executable, RUN, "--hostfile", str(hosts), "--dry-run"], stage, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "host 0    2 ranks on 192.0.2.7: 0 1\n" in done.stdout
+    assert "host 1    1 rank on 192.0.2.8: 2\n" in done.stdout
+    starts = [line for line in done.stdout.splitlines() if line.strip().startswith("starts 1")]
+    assert "ssh" in starts[0]
+    assert "-- 192.0.2.8" in starts[0]
+    assert "shoal.launcher.guard" in starts[0]
 
 
 @pytest.mark.parametrize("words", [["optim.leanr=1"], ["nope.yaml"], ["train.tokens=0"]])

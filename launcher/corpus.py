@@ -1,0 +1,114 @@
+"""The corpus of a run: prepared once, opened by every rank."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shoal.configs.corpus import PrepareConfig
+from shoal.configs.load import load_config
+from shoal.configs.schema import RunConfig
+from shoal.launcher.runs import run_folder
+
+if TYPE_CHECKING:
+    from shoal.data_pipeline.shards import Manifest, Prepared, Rows
+    from shoal.launcher.tables import Progress
+    from shoal.launcher.world import World
+
+WAIT_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The shards of a run, opened."""
+
+    train: list[tuple[Rows, float]]
+    validation: Rows | None
+
+    @property
+    def manifest(self) -> Manifest:
+        """Manifest of the first training stream; the others agree on tokenizer and row length."""
+        return self.train[0][0].manifest
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint remembers of its data."""
+        return {"streams": [[rows.manifest.shards_hash, weight] for rows, weight in self.train]}
+
+
+def ensure_prepared(config: RunConfig, book: bool = True) -> None:
+    """Prepare the run's corpus if its config names one and the shards are absent."""
+    if config.prepare and not _is_under_way(config):
+        from shoal.launcher.tables import progress_bars
+
+        with progress_bars() as progress:
+            prepare_corpus(load_config(PrepareConfig, config.prepare), progress, book)
+
+
+def _is_under_way(config: RunConfig) -> bool:
+    """Whether a run has been started on shards that are still there.
+
+    Its checkpoints know those by their hash, so the text they were made from may be gone.
+    """
+    folders = [Path(stream.path) for stream in config.data.train]
+    folders += [Path(config.data.validation)] if config.data.validation else []
+    started = any(run_folder(config).glob("checkpoints/step-[0-9]*"))
+    return started and all((folder / "manifest.json").is_file() for folder in folders)
+
+
+def prepare_corpus(
+    config: PrepareConfig, progress: Progress | None = None, book: bool = True
+) -> Prepared:
+    """Prepare a corpus, and book what that cost beside it; nothing is done twice."""
+    from shoal.data_pipeline.shards import prepare, read_manifest
+    from shoal.trainer.ledger import LedgerEntry, append_entry, now
+
+    started, begun = now(), time.monotonic()
+    present = Path(config.output).exists()
+    prepared = prepare(config, progress)
+    if book and not present:
+        entry = LedgerEntry(
+            kind="prepare",
+            stage=config.name,
+            scope="generic",
+            started=started,
+            seconds=time.monotonic() - begun,
+            tokens=read_manifest(prepared.train).tokens,
+        )
+        append_entry(prepared.output / "ledger.jsonl", entry)
+    return prepared
+
+
+def wait_for_corpus(config: RunConfig, world: World) -> None:
+    """Rank 0 of every machine prepares what is absent; the others wait for it.
+
+    Happens before the process group exists, so that no collective times out on a large corpus.
+
+    Raises:
+        DataError: the run names shards that this does not prepare, and that are not there.
+    """
+    if world.local_rank == 0:
+        ensure_prepared(config, book=world.rank == 0)  # on many machines one pays
+        open_corpus(config)
+        return
+    folders = [Path(stream.path) for stream in config.data.train]
+    while config.prepare and not all((f / "manifest.json").is_file() for f in folders):
+        time.sleep(WAIT_SECONDS)
+
+
+def open_corpus(config: RunConfig) -> Corpus:
+    """Open the shards a run names and check that they belong together.
+
+    Raises:
+        DataError: missing or altered shards, a tokenizer that is not theirs, or streams that do not
+            belong together.
+        ConfigError: the model's context is not that of the rows.
+    """
+    from shoal.data_pipeline.shards import Rows, check_alike, check_context
+
+    streams = [(Rows.open(Path(s.path)), s.weight) for s in config.data.train]
+    validation = Rows.open(Path(config.data.validation)) if config.data.validation else None
+    check_alike([*(rows for rows, _ in streams), *([validation] if validation else [])])
+    check_context(streams[0][0].manifest, config.model.context)
+    return Corpus(streams, validation)

@@ -1,0 +1,85 @@
+"""How the ranks of a job ended, and the one error that tells why."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from dataclasses import dataclass, field
+
+from shoal.configs.errors import ShoalError, StoppedOnRequest
+from shoal.launcher.outcomes import Outcome
+
+
+class Interrupted(ShoalError):
+    """A signal ended the job before there was anything to save; exits with 128 + signal."""
+
+
+@dataclass
+class Ending:
+    """How the ranks of one machine ended, or of several, put together."""
+
+    ranks: list[int] = field(default_factory=list)
+    outcomes: dict[int, Outcome] = field(default_factory=dict)
+    exit_codes: dict[int, int] = field(default_factory=dict)
+    ended_by_us: set[int] = field(default_factory=set)
+    signal: int | None = None
+    """The signal that asked them to stop."""
+    hosts: dict[int, str] = field(default_factory=dict)
+    """Rank -> the machine it ran on."""
+
+
+def raise_failure(ending: Ending) -> None:
+    """Raise what the job ended with; nothing if every rank finished its work.
+
+    A rank that was killed comes before any error of another rank: those lost their peer. Among
+    errors the earliest counts, for the same reason.
+    """
+    outcomes, exit_codes = ending.outcomes, ending.exit_codes
+    # Deliberate errors before those that losing a peer leads to: clocks of machines differ.
+    failures = sorted(
+        (o for o in outcomes.values() if o.is_failure), key=lambda o: (bool(o.trace), o.ended)
+    )
+    silent = [rank for rank in ending.ranks if rank not in outcomes]
+    stops = [o for o in outcomes.values() if o.kind == StoppedOnRequest.__name__]
+    if ending.signal and (silent or failures) and not stops:
+        raise interrupted(ending.signal)
+    silent = [rank for rank in silent if rank not in ending.ended_by_us] or silent
+    for rank in silent:
+        code = exit_codes.get(rank, 0)
+        if code < 0 and code != -signal.SIGTERM and rank not in ending.ended_by_us:
+            raise _explain_silence(rank, code, ending)
+    if failures or stops:
+        raise (failures or stops)[0].to_error()
+    if silent:  # the agent itself ends the peers of a failed rank, with SIGTERM
+        first = min(silent, key=lambda rank: exit_codes.get(rank, 0) in (0, -signal.SIGTERM))
+        raise _explain_silence(first, exit_codes.get(first), ending)
+    if ending.signal:  # the caller may have more to do, and was asked not to
+        raise StoppedOnRequest("stopped on request; what was running is finished and saved")
+
+
+def interrupted(number: int) -> Interrupted:
+    """Return the error of a job that a signal ended before anything was saved."""
+    error = Interrupted(
+        f"stopped by {signal.Signals(number).name} before a checkpoint could be saved",
+        fix="run the same command again: it goes on from the newest checkpoint there is",
+    )
+    error.exit_code = 128 + number
+    return error
+
+
+def _explain_silence(rank: int, code: int | None, ending: Ending) -> ShoalError:
+    """Return the error for a rank that ended without a word."""
+    fix = "the lines above, if any, are the rank's own last words"
+    if code is not None and code < 0:
+        how = f"was killed by {signal.Signals(-code).name}"
+        if -code == signal.SIGKILL:
+            fix = (
+                "most likely memory ran out (`dmesg` tells): train.activation_checkpointing=true, "
+                "or a lower train.micro_batch_rows (under another name= for a mixture of experts "
+                "or with dropout, where the result depends on it)"
+            )
+    else:
+        how = f"ended without a word (exit code {code})"
+    error = ShoalError(f"rank {rank} {how}", fix=fix)
+    error.add_note(f"failed first: rank {rank} on {ending.hosts.get(rank, socket.gethostname())}")
+    return error

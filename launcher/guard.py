@@ -1,0 +1,226 @@
+"""The guard of one machine: starts its ranks, and ends them when its launcher is gone or says so.
+
+Runs as `python -m shoal.launcher.guard`, by ssh or beside the launcher, and speaks JSON lines: on
+standard input first a `Task`, then words (`port N`, `beat`, `stop`, `kill`); on the control
+descriptor that it has started, the port it offers (first machine only), then how it ended.
+Whatever the ranks print goes to standard error, so that ssh keeps the two apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import signal
+import socket
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+from shoal.configs.errors import PreflightError
+from shoal.launcher.endings import Ending
+from shoal.launcher.outcomes import Outcome, describe
+from shoal.launcher.processes import ALONE, Advice, Place, run_ranks
+
+SILENCE_SECONDS = 30.0
+"""Without a word for so long, the launcher or the way to it is lost."""
+SAVE_SECONDS = 15.0
+"""What ranks get to save when their launcher is lost."""
+KILL_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a guard is to do; one line of JSON, so that nothing of it stands in a command line."""
+
+    argv: list[str]
+    ranks: int
+    first_rank: int
+    host: int
+    num_hosts: int
+    address: str
+    """Name of the first machine, as the hostfile gives it."""
+    threads: str | int = "auto"
+    timeout: float = 600
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+class Orders:
+    """What the launcher last said, and what its silence means."""
+
+    def __init__(self, lines: TextIO) -> None:
+        self._lines = lines
+        self._port: int | None = None
+        self._heard = time.monotonic()
+        self._advice: Advice = "go"
+        self._lost_at: float | None = None
+        self._killed_at: float | None = None
+        threading.Thread(target=self._listen, name="orders", daemon=True).start()
+
+    def _listen(self) -> None:
+        for line in self._lines:
+            self._heard = time.monotonic()
+            word = line.strip()
+            if word.startswith("port "):
+                self._port = int(word.split()[1])
+            elif word == "kill" or (word == "stop" and self._advice == "go"):
+                self._advice = word  # type: ignore[assignment]
+        self._heard = -SILENCE_SECONDS  # end of file
+
+    def await_port(self) -> int | None:
+        """Return where the machines meet; None if the job is called off before that is known."""
+        while self._port is None:
+            if self._advice != "go" or time.monotonic() - self._heard > SILENCE_SECONDS:
+                return None
+            time.sleep(0.1)
+        return self._port
+
+    def advise(self) -> Advice:
+        """Return what is to be done with the ranks now."""
+        now = time.monotonic()
+        if self._lost_at is None and now - self._heard > SILENCE_SECONDS:
+            self._lost_at = now
+            with contextlib.suppress(OSError):  # with the launcher went who would read it
+                print("the launcher is gone: saving and stopping", file=sys.stderr, flush=True)
+        if self._lost_at is not None:
+            return "stop" if now - self._lost_at < SAVE_SECONDS else self._kill(now)
+        return self._kill(now) if self._advice == "kill" else self._advice
+
+    def _kill(self, now: float) -> Advice:
+        """The ranks are killed; if torchrun's agent still waits for somebody, so are we.
+
+        The ranks die with this process (`outcomes.die_with_parent`).
+        """
+        self._killed_at = self._killed_at or now
+        if now - self._killed_at > KILL_SECONDS:
+            os._exit(128 + signal.SIGKILL)
+        return "kill"
+
+
+def find_interface(address: str) -> str:
+    """Return the network interface that leads to a machine, or that has its address.
+
+    Raises:
+        PreflightError: the name is unknown here, or means this machine alone.
+    """
+    import psutil
+
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 9))
+            own = probe.getsockname()[0]
+    except OSError as error:
+        raise PreflightError(
+            f"cannot reach {address}, the first machine: {error}",
+            where=socket.gethostname(),
+            fix="name the machines as all of them know each other",
+        ) from None
+    if own.startswith("127."):
+        raise PreflightError(
+            f"{address} is a loopback address ({own}) here, which others cannot reach",
+            where=socket.gethostname(),
+            fix="give the first machine a name that stands for its network address on all of them",
+        )
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(item.address == own for item in addresses):
+            return name
+    raise PreflightError(f"no interface has the address {own}", where=socket.gethostname())
+
+
+def serve(orders: TextIO, control: TextIO) -> None:
+    """Do the task on `orders` and say on `control` how it ended."""
+    task = Task(**json.loads(orders.readline()))
+    os.environ.update(task.environment)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of names it need not know
+
+    def say(**message: Any) -> None:
+        with contextlib.suppress(OSError):
+            control.write(json.dumps(message) + "\n")
+            control.flush()
+
+    heard = Orders(orders)
+    say(started=True)
+    try:
+        place = ALONE
+        if task.num_hosts > 1:
+            interface = find_interface(task.address)
+            if task.host == 0:
+                say(port=_free_port())
+            port = heard.await_port()
+            if port is None:
+                ranks = range(task.first_rank, task.first_rank + task.ranks)
+                say(ending=pack_ending(Ending(list(ranks), signal=signal.SIGTERM)))
+                return
+            endpoint = f"{task.address}:{port}"
+            place = Place(task.first_rank, task.host, task.num_hosts, endpoint, interface)
+        ending = run_ranks(
+            task.ranks,
+            task.argv,
+            place=place,
+            threads=task.threads,  # type: ignore[arg-type]
+            timeout=task.timeout,
+            advise=heard.advise,
+        )
+        say(ending=pack_ending(ending))
+    except Exception as error:
+        say(refusal=asdict(describe(error, task.first_rank)))
+
+
+def pack_ending(ending: Ending) -> dict[str, Any]:
+    """Return an ending as JSON values."""
+    return asdict(ending) | {
+        "outcomes": [asdict(outcome) for outcome in ending.outcomes.values()],
+        "exit_codes": list(ending.exit_codes.items()),
+        "hosts": list(ending.hosts.items()),
+        "ended_by_us": sorted(ending.ended_by_us),
+    }
+
+
+def unpack_ending(tree: dict[str, Any]) -> Ending:
+    """Return what `pack_ending` was given."""
+    outcomes = [Outcome(**outcome) for outcome in tree["outcomes"]]
+    return Ending(
+        tree["ranks"],
+        {outcome.rank: outcome for outcome in outcomes},
+        dict(tree["exit_codes"]),
+        set(tree["ended_by_us"]),
+        tree["signal"],
+        dict(tree["hosts"]),
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def describe_installation() -> dict[str, str]:
+    """Return the versions that must be the same on all machines of a job."""
+    names = ("shoal", "torch", "deepspeed", "numpy", "mosaicml-streaming")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+
+
+def main() -> None:
+    """Serve one launcher; the control descriptor is the argument, or standard output.
+
+    With `--greet FILE` only say who is here, and whether FILE is seen.
+    """
+    if sys.argv[1:2] == ["--greet"]:
+        print(json.dumps(describe_installation() | {"sees": Path(sys.argv[2]).exists()}))
+        return
+    descriptor = int(sys.argv[1]) if len(sys.argv) > 1 else os.dup(1)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as control:
+        if len(sys.argv) == 1:
+            os.dup2(2, 1)  # what the ranks print is no message
+        serve(sys.stdin, control)
+    os._exit(0)  # a rank that hangs must not keep us
+
+
+if __name__ == "__main__":
+    main()

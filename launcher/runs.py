@@ -1,0 +1,41 @@
+"""The folder of a run: where it is, and what it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shoal.configs.errors import ConfigError, DataError
+from shoal.configs.load import build_config, read_tree
+from shoal.configs.schema import RunConfig
+
+CONFIG_FILE = "config.yaml"
+DIVERGED = "diverged.txt"
+
+
+def run_folder(config: RunConfig) -> Path:
+    """Return where a run lives."""
+    return Path(config.output) / config.name
+
+
+def is_complete(folder: Path, config: RunConfig) -> bool:
+    """Return whether a run has its last checkpoint, whole; a damaged one is trained again."""
+    from shoal.trainer.checkpoint import checkpoint_name, verify_checkpoint
+
+    last = folder / "checkpoints" / checkpoint_name(config.steps)
+    try:
+        verify_checkpoint(last)
+    except DataError:
+        return False
+    return True
+
+
+def has_diverged(folder: Path) -> bool:
+    """Return whether a run was a trial that ended in a loss that is not a number."""
+    return (folder / DIVERGED).is_file()
+
+
+def read_run(folder: Path) -> RunConfig:
+    """Read the resolved config of a run folder."""
+    if not (folder / CONFIG_FILE).is_file():
+        raise ConfigError("not a run: it has no config.yaml", where=folder, fix="shoal runs")
+    return build_config(RunConfig, read_tree(folder / CONFIG_FILE), where=folder / CONFIG_FILE)
