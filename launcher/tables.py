@@ -123,8 +123,10 @@ def _records(run: Path) -> list[dict[str, Any]]:
 
 
 def _newest(run: Path) -> str | None:
-    found = sorted(run.glob("checkpoints/step-*/manifest.json"))
-    return found[-1].parent.name if found else None
+    from shoal.launcher.screen import newest_checkpoint
+
+    found = newest_checkpoint(run)
+    return Path(found).name if found else None
 
 
 def inspect_path(path: Path) -> Table:
