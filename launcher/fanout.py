@@ -27,7 +27,7 @@ from shoal.launcher.endings import Ending, interrupted, raise_failure
 from shoal.launcher.guard import SAVE_SECONDS, Task, unpack_ending
 from shoal.launcher.hosts import Host, is_local
 from shoal.launcher.outcomes import Outcome
-from shoal.launcher.world import RANK_VARIABLES, STOP_SIGNALS
+from shoal.launcher.world import STOP_SIGNALS
 
 BEAT_SECONDS = 5.0
 LOOK_SECONDS = 0.2
@@ -181,11 +181,7 @@ def make_tasks(
     hosts: Sequence[Host], argv: Sequence[str], world: WorldConfig, environment: Mapping[str, str]
 ) -> list[Task]:
     """Return what each machine is to do; ranks are numbered in the order of the hostfile."""
-    forwarded = {
-        name: value
-        for name, value in environment.items()
-        if name.startswith(FORWARDED) and name not in RANK_VARIABLES
-    }
+    forwarded = {n: value for n, value in environment.items() if n.startswith(FORWARDED)}
     if environment.get("CUDA_VISIBLE_DEVICES") == "":  # all on CPU, or none
         forwarded["CUDA_VISIBLE_DEVICES"] = ""
     first, tasks = 0, []
