@@ -25,24 +25,29 @@ class Ending:
     signal: int | None = None
     """The signal that asked them to stop."""
     hosts: dict[int, str] = field(default_factory=dict)
-    """Rank -> the machine it ran on."""
+    """Rank -> the machine it ran on; this one where absent."""
 
 
-def raise_failure(ending: Ending) -> None:
+def raise_failure(ending: Ending, lost: ShoalError | None = None) -> None:
     """Raise what the job ended with; nothing if every rank finished its work.
 
-    A rank that was killed comes before any error of another rank: those lost their peer. Among
-    errors the earliest counts, for the same reason.
+    A deliberate error comes before the loss of a machine (`lost`), that before a rank that was
+    killed, and that before errors with a traceback: those of ranks that lost their peer.
     """
     outcomes, exit_codes = ending.outcomes, ending.exit_codes
-    # Deliberate errors before those that losing a peer leads to: clocks of machines differ.
-    failures = sorted(
+    failures = sorted(  # the earliest counts, as far as the machines' clocks agree
         (o for o in outcomes.values() if o.is_failure), key=lambda o: (bool(o.trace), o.ended)
     )
     silent = [rank for rank in ending.ranks if rank not in outcomes]
     stops = [o for o in outcomes.values() if o.kind == StoppedOnRequest.__name__]
-    if ending.signal and (silent or failures) and not stops:
+    if ending.signal and stops:
+        raise stops[0].to_error()
+    if ending.signal and (silent or failures or lost):
         raise interrupted(ending.signal)
+    if failures and not failures[0].trace:
+        raise failures[0].to_error()
+    if lost:
+        raise lost
     silent = [rank for rank in silent if rank not in ending.ended_by_us] or silent
     for rank in silent:
         code = exit_codes.get(rank, 0)

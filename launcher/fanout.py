@@ -21,12 +21,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from shoal.configs.errors import ShoalError, StoppedOnRequest
+from shoal.configs.errors import ShoalError
 from shoal.configs.schema import WorldConfig
-from shoal.launcher.endings import Ending, interrupted, raise_failure
+from shoal.launcher.endings import Ending, raise_failure
 from shoal.launcher.guard import SAVE_SECONDS, Task, unpack_ending
 from shoal.launcher.hosts import Host, is_local
-from shoal.launcher.outcomes import Outcome
 from shoal.launcher.world import STOP_SIGNALS
 
 BEAT_SECONDS = 5.0
@@ -59,7 +58,6 @@ class Guard:
     def __init__(self, host: Host, task: Task, log: Path) -> None:
         self.host, self.task, self.log = host, task, log
         self.ending: Ending | None = None
-        self.refusal: Outcome | None = None
         self.port: int | None = None
         self.has_started = False
         self.last_lines: list[str] = []
@@ -93,11 +91,6 @@ class Guard:
         """Global ranks of this machine."""
         return list(range(self.task.first_rank, self.task.first_rank + self.task.ranks))
 
-    @property
-    def is_over(self) -> bool:
-        """Whether it has said how it ended."""
-        return self.ending is not None or self.refusal is not None
-
     def say(self, line: str) -> None:
         """Send one line; a guard that is gone does not hear it."""
         assert self.process.stdin is not None
@@ -123,8 +116,6 @@ class Guard:
             self.port = int(message["port"])
         elif "ending" in message:
             self.ending = unpack_ending(message["ending"])
-        elif "refusal" in message:
-            self.refusal = Outcome(**message["refusal"])
 
     def _copy_output(self) -> None:
         """Show and keep what a machine elsewhere prints, every line under its name."""
@@ -235,9 +226,9 @@ def run_attempt(
     finally:
         for guard in guards:
             guard.close()
-    cut_off = any(not guard.is_over for guard in guards)
+    cut_off = any(guard.ending is None for guard in guards)
     try:
-        _raise_end(guards, course.lost, caught)
+        raise_failure(_join_endings(guards, caught), course.lost[0].lost() if course.lost else None)
     except ShoalError as error:
         return AttemptEnd(error, cut_off)
     return AttemptEnd(None)
@@ -267,9 +258,9 @@ class _Course:
             while selector.get_map():
                 for key, _ in selector.select(LOOK_SECONDS):
                     hung_up = not key.data.hear()
-                    if hung_up or key.data.is_over:
+                    if hung_up or key.data.ending:
                         selector.unregister(key.fd)
-                    if hung_up and not key.data.is_over and self._killed_at is None:
+                    if hung_up and key.data.ending is None and self._killed_at is None:
                         self.lost.append(key.data)
                 now = time.monotonic()
                 if now - beat > BEAT_SECONDS:
@@ -302,45 +293,31 @@ class _Course:
 
     def _tell(self, line: str) -> None:
         for guard in self.guards:
-            if not guard.is_over:
+            if guard.ending is None:
                 guard.say(line)
 
 
 def _has_failed(guard: Guard) -> bool:
     """Whether a machine has ended otherwise than done or stopped on request."""
     if guard.ending is None:
-        return guard.refusal is not None
+        return False
     outcomes = guard.ending.outcomes
     return len(outcomes) < len(guard.ranks) or any(o.is_failure for o in outcomes.values())
 
 
-def _raise_end(guards: Sequence[Guard], lost: Sequence[Guard], caught: Sequence[int]) -> None:
-    """Raise what the attempt ended with; the cause comes before what it led to elsewhere."""
+def _join_endings(guards: Sequence[Guard], caught: Sequence[int]) -> Ending:
+    """Return how the ranks of all machines ended; those of a guard without a word are silent."""
     whole = Ending(signal=caught[0] if caught else None)
-    refusals = [guard.refusal for guard in guards if guard.refusal is not None]
     for guard in guards:
-        if guard.ending is not None:
-            whole.ranks += guard.ending.ranks
-            whole.outcomes |= guard.ending.outcomes
-            whole.exit_codes |= guard.ending.exit_codes
-            whole.ended_by_us |= guard.ending.ended_by_us
-            whole.hosts |= dict.fromkeys(guard.ending.ranks, guard.host.name)
-    stops = [o for o in whole.outcomes.values() if o.kind == StoppedOnRequest.__name__]
-    if caught and stops:
-        raise stops[0].to_error()
-    if caught and any(not guard.is_over for guard in guards):
-        raise interrupted(caught[0])
-    errors = sorted(
-        (o for o in (*refusals, *whole.outcomes.values()) if o.is_failure), key=lambda o: o.ended
-    )
-    for outcome in errors:
-        if not outcome.trace:  # meant, and the same on any machine
-            raise outcome.to_error()
-    if lost:
-        raise lost[0].lost()
-    raise_failure(whole)
-    if refusals:
-        raise refusals[0].to_error()
+        whole.ranks += guard.ranks
+        whole.hosts |= dict.fromkeys(guard.ranks, guard.host.name)
+        if guard.ending is None:
+            whole.ended_by_us |= set(guard.ranks)
+            continue
+        whole.outcomes |= guard.ending.outcomes
+        whole.exit_codes |= guard.ending.exit_codes
+        whole.ended_by_us |= guard.ending.ended_by_us
+    return whole
 
 
 @contextlib.contextmanager

@@ -144,6 +144,7 @@ def serve(orders: TextIO, control: TextIO) -> None:
             control.flush()
 
     heard = Orders(orders)
+    ranks = range(task.first_rank, task.first_rank + task.ranks)
     say(started=True)
     try:
         place = ALONE
@@ -153,8 +154,7 @@ def serve(orders: TextIO, control: TextIO) -> None:
                 say(port=_free_port())
             port = heard.await_port()
             if port is None:
-                ranks = range(task.first_rank, task.first_rank + task.ranks)
-                say(ending=pack_ending(Ending(list(ranks), signal=signal.SIGTERM)))
+                say(ending=pack_ending(Ending(ended_by_us=set(ranks), signal=signal.SIGTERM)))
                 return
             endpoint = f"{task.address}:{port}"
             place = Place(task.first_rank, task.host, task.num_hosts, endpoint, interface)
@@ -167,8 +167,9 @@ def serve(orders: TextIO, control: TextIO) -> None:
             advise=heard.advise,
         )
         say(ending=pack_ending(ending))
-    except Exception as error:
-        say(refusal=asdict(describe(error, task.first_rank)))
+    except Exception as error:  # before any rank was started
+        outcome = describe(error, task.first_rank)
+        say(ending=pack_ending(Ending(outcomes={outcome.rank: outcome}, ended_by_us=set(ranks))))
 
 
 def pack_ending(ending: Ending) -> dict[str, Any]:
@@ -176,7 +177,6 @@ def pack_ending(ending: Ending) -> dict[str, Any]:
     return asdict(ending) | {
         "outcomes": [asdict(outcome) for outcome in ending.outcomes.values()],
         "exit_codes": list(ending.exit_codes.items()),
-        "hosts": list(ending.hosts.items()),
         "ended_by_us": sorted(ending.ended_by_us),
     }
 
@@ -190,7 +190,6 @@ def unpack_ending(tree: dict[str, Any]) -> Ending:
         dict(tree["exit_codes"]),
         set(tree["ended_by_us"]),
         tree["signal"],
-        dict(tree["hosts"]),
     )
 
 

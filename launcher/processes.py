@@ -13,7 +13,6 @@ import logging
 import os
 import select
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -145,7 +144,6 @@ def run_ranks(
             exit_codes,
             watcher.ended_by_us,
             watcher.signal,
-            dict.fromkeys(ranks, socket.gethostname()),
         )
 
 

@@ -108,8 +108,8 @@ def test_bug_keeps_its_traceback(command: list[str]) -> None:
 # The decision alone, on written outcomes.
 
 
-def outcome(rank: int, kind: str, ended: float = 0.0) -> Outcome:
-    return Outcome(kind, rank, "host", ended, cause=kind)
+def outcome(rank: int, kind: str, ended: float = 0.0, trace: str | None = None) -> Outcome:
+    return Outcome(kind, rank, "host", ended, cause=kind, trace=trace)
 
 
 def decide(
@@ -137,7 +137,7 @@ def test_earliest_error_wins() -> None:
 
 
 def test_killed_rank_explains_the_errors_of_its_peers() -> None:
-    error = decide([outcome(0, "RuntimeError", 1)], {1: -9})
+    error = decide([outcome(0, "RuntimeError", 1, trace="Connection closed")], {1: -9})
     assert "rank 1 was killed by SIGKILL" in str(error)
     assert "memory" in str(error)
 
