@@ -85,6 +85,8 @@ class Prepared:
     tokenizer: Path
     train: Path
     validation: Path | None
+    built: bool = False
+    """Whether this call made it; False: it was there."""
 
 
 def prepare(config: PrepareConfig, progress: Progress | None = None) -> Prepared:
@@ -111,7 +113,8 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Prepared
         return _prepared(config, output)
     output.parent.mkdir(parents=True, exist_ok=True)
     with _hold_lock(output, report), _name_output(output):
-        if not _is_done(config, output, key):
+        built = not _is_done(config, output, key)
+        if built:
             work = output.parent / f".partial-{output.name}-{key[:16]}"
             _remove_stale(output, work)
             work.mkdir(exist_ok=True)
@@ -120,16 +123,16 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Prepared
                 _build(config, Origin(key, hashes), work, pool, report)
             hashes.save(work / STATS)
             _publish(work, output)
-    return _prepared(config, output)
+    return _prepared(config, output, built)
 
 
 def _silent(what: str, done: int, total: int | None) -> None:
     """Report progress to nobody."""
 
 
-def _prepared(config: PrepareConfig, output: Path) -> Prepared:
+def _prepared(config: PrepareConfig, output: Path, built: bool = False) -> Prepared:
     validation = output / VALIDATION if config.validation or config.validation_share else None
-    return Prepared(output, output / TOKENIZER, output / TRAIN, validation)
+    return Prepared(output, output / TOKENIZER, output / TRAIN, validation, built)
 
 
 def _is_done(config: PrepareConfig, output: Path, key: str) -> bool:

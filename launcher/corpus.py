@@ -37,13 +37,13 @@ class Corpus:
         return {"streams": [[rows.manifest.shards_hash, weight] for rows, weight in self.train]}
 
 
-def ensure_prepared(config: RunConfig, book: bool = True) -> None:
+def ensure_prepared(config: RunConfig) -> None:
     """Prepare the run's corpus if its config names one and the shards are absent."""
     if config.prepare and not _is_under_way(config):
         from shoal.launcher.tables import progress_bars
 
         with progress_bars() as progress:
-            prepare_corpus(load_config(PrepareConfig, config.prepare), progress, book)
+            prepare_corpus(load_config(PrepareConfig, config.prepare), progress)
 
 
 def _is_under_way(config: RunConfig) -> bool:
@@ -57,17 +57,14 @@ def _is_under_way(config: RunConfig) -> bool:
     return started and all((folder / "manifest.json").is_file() for folder in folders)
 
 
-def prepare_corpus(
-    config: PrepareConfig, progress: Progress | None = None, book: bool = True
-) -> Prepared:
+def prepare_corpus(config: PrepareConfig, progress: Progress | None = None) -> Prepared:
     """Prepare a corpus, and book what that cost beside it; nothing is done twice."""
     from shoal.data_pipeline.shards import prepare, read_manifest
     from shoal.trainer.ledger import LedgerEntry, append_entry, now
 
     started, begun = now(), time.monotonic()
-    present = Path(config.output).exists()
     prepared = prepare(config, progress)
-    if book and not present:
+    if prepared.built:
         entry = LedgerEntry(
             kind="prepare",
             stage=config.name,
@@ -89,7 +86,7 @@ def wait_for_corpus(config: RunConfig, world: World) -> None:
         DataError: the run names shards that this does not prepare, and that are not there.
     """
     if world.local_rank == 0:
-        ensure_prepared(config, book=world.rank == 0)  # on many machines one pays
+        ensure_prepared(config)
         open_corpus(config)
         return
     folders = [Path(stream.path) for stream in config.data.train]
