@@ -250,6 +250,9 @@ class WorldConfig(Section):
     timeout_seconds: Count = Field(600, description="longest wait in one collective")
     max_restarts: int = Field(3, ge=0, description="new attempts after ranks or hosts were lost")
     min_hosts: Count = Field(1, description="with fewer hosts of the hostfile left, give up")
+    save_seconds: Count = Field(
+        20, description="what ranks get to save in when a host or the launcher was lost"
+    )
 
 
 class LedgerConfig(Section):

@@ -9,13 +9,12 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from shoal.configs.errors import ConfigError, PreflightError
-from shoal.launcher.fanout import SSH, remote_command
+from shoal.launcher.fanout import SSH, START_SECONDS, remote_command
 from shoal.launcher.guard import describe_installation
 from shoal.launcher.hosts import Host, is_local
-
-ANSWER_SECONDS = 30.0
 
 
 def find_reachable(hosts: Sequence[Host], least: int, run: Path) -> list[Host]:
@@ -77,23 +76,44 @@ def greet(hosts: Sequence[Host], run: Path) -> dict[str, str]:
         return {h.name: problem for h, problem in zip(others, answers, strict=True) if problem}
 
 
-def _greet(host: Host, token: Path) -> str | None:
-    command = [*SSH, "--", host.name, remote_command(Path.cwd(), "--greet", str(token.absolute()))]
+def is_guard_gone(name: str, pid: int) -> bool:
+    """Return whether a machine answers, and the guard that had this process id there is gone."""
+    try:
+        return pid not in _ask(name, "--greet", "/", str(pid))["guards"]
+    except _NoAnswerError:
+        return False
+
+
+class _NoAnswerError(Exception):
+    """A machine gave no answer; the text says what came instead."""
+
+
+def _ask(name: str, *words: str) -> dict[str, Any]:
+    """Return what a machine says of itself."""
+    command = [*SSH, "--", name, remote_command(Path.cwd(), *words)]
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            timeout=ANSWER_SECONDS, check=False,
+            timeout=START_SECONDS, check=False,
+            start_new_session=True,  # Ctrl-C is for us: an ssh that it ends is no lost machine
         )  # fmt: skip
     except FileNotFoundError:
         raise PreflightError("there is no ssh here", fix="install an ssh client") from None
     except subprocess.TimeoutExpired:
-        return f"did not answer within {ANSWER_SECONDS:.0f} s"
+        raise _NoAnswerError(f"did not answer within {START_SECONDS:.0f} s") from None
     try:
-        theirs = json.loads(done.stdout.splitlines()[-1])
+        return dict(json.loads(done.stdout.splitlines()[-1]))
     except (ValueError, IndexError):
-        words = done.stderr.strip().splitlines()[-1:] or ["no answer"]
-        return f"{words[0]} (exit code {done.returncode})"
-    if not theirs.pop("sees"):
+        words_of_ssh = done.stderr.strip().splitlines()[-1:] or ["no answer"]
+        raise _NoAnswerError(f"{words_of_ssh[0]} (exit code {done.returncode})") from None
+
+
+def _greet(host: Host, token: Path) -> str | None:
+    try:
+        theirs = _ask(host.name, "--greet", str(token.absolute()))
+    except _NoAnswerError as error:
+        return str(error)
+    if not theirs["sees"]:
         return f"does not share the run folder {token.parent}: no checkpoint would be whole"
     ours = describe_installation()
     return (

@@ -17,21 +17,21 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from shoal.configs.errors import PreflightError
 from shoal.launcher.endings import Ending
 from shoal.launcher.outcomes import Outcome, describe
-from shoal.launcher.processes import ALONE, Advice, Place, run_ranks
+from shoal.launcher.processes import ALONE, INTERFACE_VARIABLES, Advice, Place, run_ranks
 
 SILENCE_SECONDS = 30.0
 """Without a word for so long, the launcher or the way to it is lost."""
-SAVE_SECONDS = 15.0
-"""What ranks get to save when their launcher is lost."""
-KILL_SECONDS = 5.0
+AGENT_SECONDS = 5.0
+"""What torchrun's agent gets to notice that its ranks were killed."""
 
 
 @dataclass(frozen=True)
@@ -45,20 +45,27 @@ class Task:
     num_hosts: int
     address: str
     """Name of the first machine, as the hostfile gives it."""
-    threads: str | int = "auto"
+    threads: Literal["auto"] | int = "auto"
     timeout: float = 600
+    save_seconds: float = 20
     environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def global_ranks(self) -> list[int]:
+        """Global ranks of this machine."""
+        return list(range(self.first_rank, self.first_rank + self.ranks))
 
 
 class Orders:
     """What the launcher last said, and what its silence means."""
 
-    def __init__(self, lines: TextIO) -> None:
-        self._lines = lines
+    def __init__(self, lines: TextIO, save_seconds: float) -> None:
+        self._lines, self._save_seconds = lines, save_seconds
         self._port: int | None = None
         self._heard = time.monotonic()
         self._advice: Advice = "go"
-        self._lost_at: float | None = None
+        self.lost_at: float | None = None
+        """When it became clear that the launcher, or the way to it, is lost."""
         self._killed_at: float | None = None
         threading.Thread(target=self._listen, name="orders", daemon=True).start()
 
@@ -83,12 +90,12 @@ class Orders:
     def advise(self) -> Advice:
         """Return what is to be done with the ranks now."""
         now = time.monotonic()
-        if self._lost_at is None and now - self._heard > SILENCE_SECONDS:
-            self._lost_at = now
+        if self.lost_at is None and now - self._heard > SILENCE_SECONDS:
+            self.lost_at = now
             with contextlib.suppress(OSError):  # with the launcher went who would read it
                 print("the launcher is gone: saving and stopping", file=sys.stderr, flush=True)
-        if self._lost_at is not None:
-            return "stop" if now - self._lost_at < SAVE_SECONDS else self._kill(now)
+        if self.lost_at is not None:
+            return "stop" if now - self.lost_at < self._save_seconds else self._kill(now)
         return self._kill(now) if self._advice == "kill" else self._advice
 
     def _kill(self, now: float) -> Advice:
@@ -97,7 +104,7 @@ class Orders:
         The ranks die with this process (`outcomes.die_with_parent`).
         """
         self._killed_at = self._killed_at or now
-        if now - self._killed_at > KILL_SECONDS:
+        if now - self._killed_at > AGENT_SECONDS:
             os._exit(128 + signal.SIGKILL)
         return "kill"
 
@@ -111,50 +118,51 @@ def find_interface(address: str) -> str:
     import psutil
 
     try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((address, 9))
-            own = probe.getsockname()[0]
+        family, kind, _, _, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(target)
+            own = str(probe.getsockname()[0]).partition("%")[0]
     except OSError as error:
         raise PreflightError(
             f"cannot reach {address}, the first machine: {error}",
             where=socket.gethostname(),
             fix="name the machines as all of them know each other",
         ) from None
-    if own.startswith("127."):
+    if own.startswith("127.") or own == "::1":
         raise PreflightError(
             f"{address} is a loopback address ({own}) here, which others cannot reach",
             where=socket.gethostname(),
-            fix="give the first machine a name that stands for its network address on all of them",
+            fix="give the first machine a name that stands for its network address on all of them; "
+            "on Debian that is a line of its /etc/hosts",
         )
     for name, addresses in psutil.net_if_addrs().items():
-        if any(item.address == own for item in addresses):
+        if any(item.address.partition("%")[0] == own for item in addresses):
             return name
     raise PreflightError(f"no interface has the address {own}", where=socket.gethostname())
 
 
-def serve(orders: TextIO, control: TextIO) -> None:
-    """Do the task on `orders` and say on `control` how it ended."""
+def serve(orders: TextIO, control: int) -> None:
+    """Do the task on `orders` and say on the descriptor `control` how it ended."""
     task = Task(**json.loads(orders.readline()))
     os.environ.update(task.environment)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of names it need not know
 
     def say(**message: Any) -> None:
-        with contextlib.suppress(OSError):
-            control.write(json.dumps(message) + "\n")
-            control.flush()
+        with contextlib.suppress(OSError):  # the launcher is gone
+            os.write(control, json.dumps(message).encode() + b"\n")
 
-    heard = Orders(orders)
-    ranks = range(task.first_rank, task.first_rank + task.ranks)
-    say(started=True)
+    heard = Orders(orders, task.save_seconds)
+    ranks = set(task.global_ranks)
+    say(started=os.getpid())
     try:
         place = ALONE
         if task.num_hosts > 1:
-            interface = find_interface(task.address)
+            interface = _chosen_interface() or find_interface(task.address)
             if task.host == 0:
                 say(port=_free_port())
             port = heard.await_port()
             if port is None:
-                say(ending=pack_ending(Ending(ended_by_us=set(ranks), signal=signal.SIGTERM)))
+                say(ending=pack_ending(Ending(ended_by_us=ranks)), lost=heard.lost_at is not None)
                 return
             endpoint = f"{task.address}:{port}"
             place = Place(task.first_rank, task.host, task.num_hosts, endpoint, interface)
@@ -162,14 +170,20 @@ def serve(orders: TextIO, control: TextIO) -> None:
             task.ranks,
             task.argv,
             place=place,
-            threads=task.threads,  # type: ignore[arg-type]
+            threads=task.threads,
             timeout=task.timeout,
             advise=heard.advise,
         )
-        say(ending=pack_ending(ending))
-    except Exception as error:  # before any rank was started
+        say(ending=pack_ending(ending), lost=heard.lost_at is not None)
+    except Exception as error:  # the other ranks, if there are any yet, die with this process
         outcome = describe(error, task.first_rank)
-        say(ending=pack_ending(Ending(outcomes={outcome.rank: outcome}, ended_by_us=set(ranks))))
+        say(ending=pack_ending(Ending(outcomes={outcome.rank: outcome}, ended_by_us=ranks)))
+
+
+def _chosen_interface() -> str | None:
+    """Return what the user has chosen for both libraries that ask, if so."""
+    gloo, nccl = map(os.environ.get, INTERFACE_VARIABLES)
+    return gloo if gloo and nccl else None
 
 
 def pack_ending(ending: Ending) -> dict[str, Any]:
@@ -199,6 +213,15 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def is_guard(pid: int) -> bool:
+    """Return whether a process of that number is a guard."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        return "shoal.launcher.guard" in psutil.Process(pid).cmdline()
+    return False
+
+
 def describe_installation() -> dict[str, str]:
     """Return the versions that must be the same on all machines of a job."""
     names = ("shoal", "torch", "deepspeed", "numpy", "mosaicml-streaming")
@@ -208,17 +231,23 @@ def describe_installation() -> dict[str, str]:
 def main() -> None:
     """Serve one launcher; the control descriptor is the argument, or standard output.
 
-    With `--greet FILE` only say who is here, and whether FILE is seen.
+    With `--greet FILE [PID]` only say who is here, whether FILE is seen, and whether an earlier
+    guard still runs under that number.
     """
     if sys.argv[1:2] == ["--greet"]:
-        print(json.dumps(describe_installation() | {"sees": Path(sys.argv[2]).exists()}))
+        pids = [int(word) for word in sys.argv[3:]]
+        facts = {"sees": Path(sys.argv[2]).exists(), "guards": [p for p in pids if is_guard(p)]}
+        print(json.dumps(describe_installation() | facts))
         return
-    descriptor = int(sys.argv[1]) if len(sys.argv) > 1 else os.dup(1)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as control:
-        if len(sys.argv) == 1:
-            os.dup2(2, 1)  # what the ranks print is no message
+    control = int(sys.argv[1]) if len(sys.argv) > 1 else os.dup(1)
+    if len(sys.argv) == 1:
+        os.dup2(2, 1)  # what the ranks print is no message
+    try:
         serve(sys.stdin, control)
-    os._exit(0)  # a rank that hangs must not keep us
+    except Exception:
+        traceback.print_exc()
+    finally:
+        os._exit(0)  # a rank that hangs must not keep us
 
 
 if __name__ == "__main__":

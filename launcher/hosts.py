@@ -9,6 +9,7 @@ import re
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from shoal.configs.errors import ConfigError
@@ -82,19 +83,27 @@ def _parse_line(text: str, where: str) -> Host:
     return Host(name, slots)
 
 
+@cache  # asked once: a failing network must not make another machine of this one
 def is_local(name: str) -> bool:
     """Return whether a host name means this machine; a name nobody can resolve does not."""
     own = socket.gethostname()
     if name.lower() in {"localhost", own.lower(), own.partition(".")[0].lower()}:
         return True
+    addresses = _addresses_of(name)
+    return any(map(_is_loopback, addresses)) or bool(addresses & _own_addresses())
+
+
+def _is_loopback(address: str) -> bool:
+    return address.startswith("127.") or address == "::1"
+
+
+def _addresses_of(name: str) -> set[str]:
+    """Return the addresses a name stands for here; none where nobody can resolve it."""
     try:
         found = socket.getaddrinfo(name, None, proto=socket.IPPROTO_TCP)
     except OSError:
-        return False
-    addresses = {str(item[4][0]) for item in found}
-    return any(a.startswith("127.") or a == "::1" for a in addresses) or bool(
-        addresses & _own_addresses()
-    )
+        return set()
+    return {str(item[4][0]).partition("%")[0] for item in found}
 
 
 def _own_addresses() -> set[str]:
@@ -109,7 +118,7 @@ def _own_addresses() -> set[str]:
 
 
 def check_hosts(hosts: Sequence[Host], where: object) -> None:
-    """Refuse a hostfile that names this machine twice, or names it as no other can call it.
+    """Refuse a hostfile that names a machine twice, or this one as no other can call it.
 
     Raises:
         ConfigError: it does.
@@ -121,12 +130,28 @@ def check_hosts(hosts: Sequence[Host], where: object) -> None:
             where=where,
             fix=f"write one line: {here[0].name} slots={sum(host.slots for host in here)}",
         )
-    if len(hosts) > 1 and here and here[0].name.lower() == "localhost":
+    _check_addresses([host for host in hosts if host not in here], where)
+    name = here[0].name if here else ""
+    if len(hosts) > 1 and (name.lower() == "localhost" or _is_loopback(name)):
         raise ConfigError(
-            "names this machine localhost, which means another one on each of the others",
+            f"names this machine {name}, which means another one on each of the others",
             where=where,
             fix=f"give it the name the others know it by: {socket.gethostname()}",
         )
+
+
+def _check_addresses(hosts: Sequence[Host], where: object) -> None:
+    """Refuse two names of one machine."""
+    known: dict[str, Host] = {}
+    for host in hosts:
+        for address in _addresses_of(host.name):
+            other = known.setdefault(address, host)
+            if other is not host:
+                raise ConfigError(
+                    f"{other.name} and {host.name} are one machine ({address})",
+                    where=where,
+                    fix=f"write one line: {host.name} slots={other.slots + host.slots}",
+                )
 
 
 def check_deepspeeds_hosts(hosts: Sequence[Host]) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from shoal.configs.errors import ConfigError
 from shoal.configs.schema import RunConfig, Stream
+from shoal.launcher.runs import run_folder
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -56,7 +57,7 @@ def print_plan(config: RunConfig, hosts: Sequence[Host], argv: Sequence[str]) ->
     num_ranks = sum(host.slots for host in hosts)
     batch, train, model = plan_batch(config, num_ranks), config.train, config.model
     lines = {
-        "run": f"{config.name} -> {Path(config.output) / config.name}",
+        "run": f"{config.name} -> {run_folder(config)}",
         **_place_ranks(config, hosts),
         "model": f"{model.family}, {model.num_layers} layers, width {model.width}, "
         f"context {model.context}" + (f", {model.moe.num_experts} experts" if model.moe else ""),

@@ -49,6 +49,7 @@ LOOPBACK = "127.0.0.1"
 WATCH_SECONDS = 0.1
 FAILURE_GRACE_SECONDS = 3.0
 Advice = Literal["go", "stop", "kill"]
+INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 logger = logging.getLogger(__name__)
 
@@ -130,8 +131,8 @@ def run_ranks(
             "GLOO_SOCKET_IFNAME": place.interface,
         }
         if place.num_hosts > 1:  # where the user has not chosen
-            for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-                added[name] = os.environ.get(name, place.interface)
+            for name in INTERFACE_VARIABLES:
+                added[name] = os.environ.get(name) or place.interface
         if device == "cpu":
             added["DS_ACCELERATOR"] = "cpu"
         watcher = _Watcher(outcomes, advise)

@@ -134,6 +134,7 @@ def launch(order: Order, watch: Sequence[int] = ()) -> None:
     """Start the ranks and wait for them; with --dry-run only say what would be."""
     from shoal.launcher.hosts import Host, check_hosts, read_hostfile
     from shoal.launcher.plan import print_plan
+    from shoal.launcher.runs import run_folder
     from shoal.launcher.screen import newest_checkpoint_note
     from shoal.launcher.world import foreign_ranks, resolve_ranks, under_foreign_launcher
 
@@ -145,17 +146,15 @@ def launch(order: Order, watch: Sequence[int] = ()) -> None:
     else:
         hosts = read_hostfile(order.hostfile)
         check_hosts(hosts, where=order.hostfile)
-    argv = [*order.configs, *order.overrides]
     if order.dry_run:
-        print_plan(config, hosts, argv)
+        print_plan(config, hosts, [*order.configs, *order.overrides])
         return
     from shoal.launcher.supervision import supervise
 
-    run = Path(config.output) / config.name
     try:
-        supervise(hosts, argv, config, watch)
+        supervise(hosts, config, watch)
     except ShoalError as error:
-        note = newest_checkpoint_note(run)
+        note = newest_checkpoint_note(run_folder(config))
         if note not in getattr(error, "__notes__", ()):
             error.add_note(note)
         raise

@@ -8,7 +8,6 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from shoal.configs.errors import (
     ConfigError,
@@ -22,28 +21,24 @@ from shoal.configs.load import dump_config
 from shoal.configs.schema import RunConfig
 from shoal.launcher.endings import Interrupted, interrupted
 from shoal.launcher.fanout import AttemptEnd, caught_signals, run_attempt
-from shoal.launcher.greeting import check_all_answer, find_reachable
-from shoal.launcher.guard import KILL_SECONDS, SAVE_SECONDS, SILENCE_SECONDS
+from shoal.launcher.greeting import check_all_answer, find_reachable, is_guard_gone
+from shoal.launcher.guard import AGENT_SECONDS, SILENCE_SECONDS
 from shoal.launcher.hosts import Host, is_local
 from shoal.launcher.processes import any_gone, launch_ranks, open_process
+from shoal.launcher.runs import run_folder
 from shoal.launcher.screen import newest_checkpoint, newest_checkpoint_note, show_error
 from shoal.trainer.storage import write_text
 
 FINAL = (ConfigError, DataError, PreflightError, StoppedOnRequest, Interrupted)
 """Ends that another attempt would only repeat, or that were asked for."""
-GONE_SECONDS = SILENCE_SECONDS + SAVE_SECONDS + KILL_SECONDS
-"""After that the guard of a lost machine has ended its ranks, if the machine runs at all."""
 
 
-def supervise(
-    hosts: Sequence[Host], argv: Sequence[str], config: RunConfig, watch: Sequence[int] = ()
-) -> None:
+def supervise(hosts: Sequence[Host], config: RunConfig, watch: Sequence[int] = ()) -> None:
     """Train on `hosts` until the run is done, starting again after what can be got over.
 
     Args:
         hosts: Machines of the job, first the one that holds rank 0.
-        argv: Config and overrides for the ranks of this machine; others get `config` itself.
-        config: What they come to: how many attempts, on how many machines, where the run is.
+        config: The run; also how many attempts, and on how many machines.
         watch: Processes whose end asks for a stop.
 
     Raises:
@@ -54,7 +49,7 @@ def supervise(
     descriptors = [open_process(pid) for pid in watch]
     try:
         with caught_signals() as caught:
-            _Job(hosts, argv, config, descriptors, caught).run()
+            _Job(hosts, config, descriptors, caught).run()
     finally:
         for descriptor in descriptors:
             if descriptor is not None:
@@ -67,56 +62,67 @@ class _Job:
     def __init__(
         self,
         hosts: Sequence[Host],
-        argv: Sequence[str],
         config: RunConfig,
         watched: Sequence[int | None],
         caught: list[int],
     ) -> None:
-        self.hosts, self.argv, self.world = hosts, argv, config.world
-        self.config, self.folder = config, Path(config.output) / config.name
+        self.hosts, self.config, self.world = hosts, config, config.world
+        self.folder = run_folder(config)
         self.watched, self.caught = watched, caught
 
     def run(self) -> None:
+        attempts = self.world.max_restarts + 1
         check_all_answer(self.hosts, self.world.min_hosts, self.folder)
+        self._heed_request()
         seen = set()
-        for attempt in range(self.world.max_restarts + 1):
+        for attempt in range(1, attempts + 1):
             end = self._attempt()
             if end.error is None:
                 return
-            if isinstance(end.error, FINAL):
+            if isinstance(end.error, FINAL) or attempts == 1:
                 raise end.error
             end.error.add_note(newest_checkpoint_note(self.folder))
-            # The same once more, and no further than before: ports and ranks may differ.
-            sign = (re.sub(r"\d+", "", end.error.cause), newest_checkpoint(self.folder))
-            if sign in seen or self.world.max_restarts == 0:
-                raise end.error
-            seen.add(sign)
             show_error(end.error)
-            if attempt < self.world.max_restarts:
+            sign = self._sign(end.error)
+            if sign in seen:
+                raise self._exhausted("the same failure twice, and no checkpoint in between")
+            seen.add(sign)
+            if attempt < attempts:
                 self._gather(end)
                 names = ", ".join(host.name for host in self.hosts)
-                self._say(f"attempt {attempt + 2} of {self.world.max_restarts + 1}, on {names}")
-        raise RetriesExhausted(
-            f"{self.world.max_restarts + 1} attempts failed; the last failure is shown above",
+                self._say(f"attempt {attempt + 1} of {attempts}, on {names}")
+        raise self._exhausted(f"{attempts} attempts failed")
+
+    def _sign(self, error: ShoalError) -> tuple[object, ...]:
+        """Return what is equal for a failure that happens again without any progress."""
+        cause = re.sub(r"\d+", "", error.cause)  # ports and ranks may differ
+        return cause, error.where, tuple(self.hosts), newest_checkpoint(self.folder)
+
+    def _exhausted(self, how: str) -> RetriesExhausted:
+        return RetriesExhausted(
+            f"{how}; the last failure is shown above",
             where=self.folder,
             fix="see to its cause; the same command goes on from the newest checkpoint",
         )
 
     def _attempt(self) -> AttemptEnd:
         """Start the ranks once; a job of this machine alone needs no guard."""
+        # One text for all machines and attempts: the user's own file may change meanwhile.
+        file = self.folder / "launch.yaml"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(file, dump_config(self.config))
         if len(self.hosts) > 1 or not is_local(self.hosts[0].name):
-            file = self.folder / "launch.yaml"  # one text for all: their checkouts may differ
-            write_text(file, dump_config(self.config))
             return run_attempt(
                 self.hosts, [str(file)], self.world, self.folder / "logs", self.caught, self._gone
             )
         try:
             launch_ranks(
                 self.hosts[0].slots,
-                self.argv,
+                [str(file)],
                 threads=self.world.threads,
                 timeout=self.world.timeout_seconds,
-                gone=self._gone,
+                # What was caught before the ranks were watched.
+                gone=lambda: bool(self.caught) or self._gone(),
             )
         except ShoalError as error:
             return AttemptEnd(error)
@@ -124,13 +130,32 @@ class _Job:
 
     def _gather(self, end: AttemptEnd) -> None:
         """Wait until nothing of the last attempt can be alive; keep the machines that answer."""
-        if end.cut_off:
-            self._say("waiting until what is cut off has ended by itself")
-        deadline = time.monotonic() + (GONE_SECONDS if end.cut_off else 0.0)
-        while not self.caught and time.monotonic() < deadline and not self._gone():
-            time.sleep(0.2)
-        if not self.caught and not self._gone():
+        left = dict(end.cut_off)
+        if left:
+            self._say(f"waiting until nothing of this can run on {', '.join(left)} any more")
+        deadline = time.monotonic() + self._gone_seconds
+        while left and time.monotonic() < deadline:
+            self._heed_request()
+            left = {n: pid for n, pid in left.items() if not (pid and is_guard_gone(n, pid))}
+            time.sleep(1.0)
+        self._heed_request()
+        try:
             self.hosts = find_reachable(self.hosts, self.world.min_hosts, self.folder)
+        finally:
+            self._heed_request()
+
+    @property
+    def _gone_seconds(self) -> float:
+        """After that the guard of a lost machine has ended its ranks, if the machine runs."""
+        return SILENCE_SECONDS + self.world.save_seconds + AGENT_SECONDS
+
+    def _heed_request(self) -> None:
+        """Stop here if somebody has asked for it.
+
+        Raises:
+            StoppedOnRequest: there is a checkpoint to go on from.
+            Interrupted: there is none.
+        """
         if self.caught or self._gone():
             if newest_checkpoint(self.folder):
                 raise StoppedOnRequest(

@@ -15,7 +15,8 @@ from pathlib import Path
 
 METRICS = Path("runs/lab/metrics.jsonl")
 EVENT_STEP = 40
-PATTERN = "shoal.launcher.run --worke[r]"  # not the shell that looks for it
+RANKS = "shoal.launcher.run --worke[r]"  # not the shell that looks for it
+OURS = f"{RANKS}|shoal.launcher.guar[d]|ssh -[T]"
 
 
 def main() -> None:
@@ -24,31 +25,26 @@ def main() -> None:
     os.chdir(os.environ["PWD"])  # entered from outside, it belongs to the mounts of outside
     with Path("output").open("w") as output:
         job = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        happened = time.monotonic()
+        idle = 0.0
         if event != "none":
-            wait_for_step(EVENT_STEP, job)
+            wait_for("train", EVENT_STEP, job)
             happened = time.monotonic()
             EVENTS[event](job)
+            if event in RECOVERED:
+                wait_for("start", 2, job)
+                idle = time.monotonic() - happened
         code = job.wait(timeout=240)
-    ended = time.monotonic()
     time.sleep(1)
-    print(
-        json.dumps(
-            {
-                "code": code,
-                "seconds": ended - happened,
-                "left": [len(find_ranks(name)) for name in hosts() if event != "link_down"],
-            }
-        )
-    )
+    left = [len(find(OURS, name)) for name in hosts() if event != "link_down"]
+    print(json.dumps({"code": code, "idle": idle, "left": left}))
 
 
-def wait_for_step(step: int, job: subprocess.Popen[bytes]) -> None:
-    """Wait until so many steps are recorded."""
+def wait_for(kind: str, count: int, job: subprocess.Popen[bytes]) -> None:
+    """Wait until there are so many records of a kind."""
     deadline = time.monotonic() + 120
-    while not METRICS.is_file() or METRICS.read_text().count('"kind": "train"') < step:
+    while not METRICS.is_file() or METRICS.read_text().count(f'"kind": "{kind}"') < count:
         if job.poll() is not None or time.monotonic() > deadline:
-            raise SystemExit(f"step {step} was not reached:\n{Path('output').read_text()}")
+            raise SystemExit(f"no {count}. {kind} record:\n{Path('output').read_text()}")
         time.sleep(0.02)
 
 
@@ -63,15 +59,15 @@ def on(host: str, command: str) -> str:
     return done.stdout
 
 
-def find_ranks(host: str) -> list[int]:
-    """Return the process ids of ranks on a host, as it numbers them."""
-    return [int(pid) for pid in on(host, f"pgrep -f '{PATTERN}'").split()]
+def find(pattern: str, host: str) -> list[int]:
+    """Return the process ids of what runs on a host, as it numbers them."""
+    return [int(pid) for pid in on(host, f"pgrep -f '{pattern}'").split()]
 
 
 def kill_rank(job: subprocess.Popen[bytes]) -> None:
     """SIGKILL a rank of the last host."""
     name = hosts()[-1]
-    on(name, f"kill -9 {find_ranks(name)[0]}")
+    on(name, f"kill -9 {find(RANKS, name)[0]}")
 
 
 def kill_guard(job: subprocess.Popen[bytes]) -> None:
@@ -93,11 +89,12 @@ def kill_launcher(job: subprocess.Popen[bytes]) -> None:
     """SIGKILL the launcher; give the guards their time."""
     os.kill(job.pid, signal.SIGKILL)
     job.wait()
-    deadline = time.monotonic() + 40
-    while any(find_ranks(name) for name in hosts()) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 60
+    while any(find(OURS, name) for name in hosts()) and time.monotonic() < deadline:
         time.sleep(0.2)
 
 
+RECOVERED = ("kill_rank", "kill_guard", "link_down")
 EVENTS = {
     event.__name__: event for event in (kill_rank, kill_guard, link_down, terminate, kill_launcher)
 }

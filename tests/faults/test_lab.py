@@ -33,6 +33,7 @@ RUN = {
     "optim": {"lr": 5e-3},
     "train": {"tokens": STEPS * ROWS * CONTEXT, "batch_rows": ROWS, "precision": "fp32"},
     "checkpoint": {"every_steps": 10, "keep": 2},
+    "world": {"save_seconds": 10},
 }
 
 
@@ -115,18 +116,16 @@ def test_hosts_train_one_job(
     assert sum(seen["left"]) == 0
 
 
-@pytest.mark.parametrize(("event", "after"), [("kill_rank", [2, 2]), ("kill_guard", [2, 2])])
-def test_what_is_killed_is_started_again(
-    event: str, after: list[int], corpus: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("event", ["kill_rank", "kill_guard"])
+def test_what_is_killed_is_started_again(event: str, corpus: Path, tmp_path: Path) -> None:
     folder = prepared(tmp_path, corpus, "n1 slots=1\nn2 slots=1\n")
     seen = in_lab(folder, 2, event, PYTHON)
     output = (folder / "output").read_text()
     assert seen["code"] == 0, output
     assert "attempt 2 of 4, on n1, n2" in output
-    assert ranks(folder) == after
+    assert ranks(folder) == [2, 2]
     assert_same_training(folder, corpus)
-    assert seen["seconds"] < 150, "five times what is asked for"
+    assert seen["idle"] < 5 * 30, "five times what is asked for"
     assert sum(seen["left"]) == 0
 
 
@@ -137,6 +136,7 @@ def test_a_job_goes_on_without_a_host_that_is_lost(corpus: Path, tmp_path: Path)
     assert seen["code"] == 0, output
     assert "attempt 2 of 4, on n1\n" in output
     assert ranks(folder) == [2, 1]
+    assert seen["idle"] < 5 * 90, "five times what is asked for"
     assert_same_training(folder, corpus)
 
 
@@ -145,10 +145,11 @@ def test_a_stop_leaves_a_checkpoint_and_no_process(
     event: str, code: int, corpus: Path, tmp_path: Path
 ) -> None:
     folder = prepared(tmp_path, corpus, "n1 slots=1\nn2 slots=1\n")
-    seen = in_lab(folder, 2, event, PYTHON)
+    seen = in_lab(folder, 2, event, [*PYTHON, "checkpoint.every_steps=1000"])
     assert seen["code"] == code, (folder / "output").read_text()
+    assert "Traceback" not in (folder / "output").read_text()
     assert seen["left"] == [0, 0]
-    assert list((folder / "runs/lab/checkpoints").glob("step-*"))
+    assert list((folder / "runs/lab/checkpoints").glob("step-*")), "the stop alone can have saved"
     seen = in_lab(folder, 2, "none", PYTHON)
     assert seen["code"] == 0, (folder / "output").read_text()
     assert_same_training(folder, corpus)

@@ -104,6 +104,17 @@ def test_localhost_among_others_is_refused() -> None:
     assert socket.gethostname() in (caught.value.fix or "")
 
 
+def test_another_machine_under_two_names_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def resolve(name: str, *_: object, **__: object) -> list[tuple]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.7", 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    hosts = [Host("n2", 2), Host("n2.two-names.example", 1)]
+    with pytest.raises(ConfigError, match="are one machine") as caught:
+        check_hosts(hosts, where="hosts")
+    assert "slots=3" in (caught.value.fix or "")
+
+
 def test_no_deepspeed_no_hosts() -> None:
     assert hosts_of_deepspeed() == []
 
