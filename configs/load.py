@@ -2,7 +2,7 @@
 
 `extends: other.yaml` starts from another file of the same kind (relative to this one); mappings
 merge, everything else replaces. Overrides are dotted: `optim.lr=2e-4`, `model.moe.num_experts=8`;
-a number picks an item of a list: `data.train.0.weight=2`. A null removes a value.
+a number picks an item of a list: `data.train.0.weight=2`. A null sets a key to none.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -19,7 +19,6 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from shoal.configs.errors import ConfigError
-from shoal.configs.schema import RunConfig
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
@@ -82,21 +81,6 @@ def load_config(kind: type[ConfigT], path: str | Path, overrides: Iterable[str] 
     return build_config(kind, tree, where=file)
 
 
-def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run's config; the corpus config that its file names is looked for beside it first.
-
-    Raises:
-        ConfigError: as `load_config`.
-    """
-    config = load_config(RunConfig, path, overrides)
-    if config.prepare is None or any(given.startswith("prepare=") for given in overrides):
-        return config
-    beside = find_config(path).parent / config.prepare
-    if not beside.is_file() or SHIPPED in beside.resolve().parents:  # shipped ones have names
-        return config
-    return config.model_copy(update={"prepare": str(beside)})
-
-
 def build_config(kind: type[ConfigT], tree: Mapping[str, Any], where: object) -> ConfigT:
     """Check a plain tree against `kind`; every problem is named with its full key."""
     try:
@@ -107,7 +91,14 @@ def build_config(kind: type[ConfigT], tree: Mapping[str, Any], where: object) ->
 
 
 def read_tree(file: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read one YAML file and what it `extends`, as a plain tree."""
+    """Read one YAML file and what it `extends`, as a plain tree.
+
+    A corpus config that a file names (`prepare`) and that lies beside it comes back as the path to
+    it, so that each name means what it meant to the file that says it.
+
+    Raises:
+        ConfigError: not readable, not a mapping, or extended in a circle.
+    """
     if file.resolve() in seen:
         raise ConfigError("extends itself", where=file)
     try:
@@ -116,6 +107,11 @@ def read_tree(file: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"not readable as YAML: {error}", where=file) from None
     if not isinstance(tree, dict):
         raise ConfigError("expected `key: value` lines at the top level", where=file)
+    corpus = tree.get("prepare")
+    # What is shipped goes by its name, which holds on every machine that a run is moved to.
+    if isinstance(corpus, str) and SHIPPED.resolve() not in file.resolve().parents:
+        beside = file.parent / corpus
+        tree["prepare"] = str(beside) if beside.is_file() else corpus
     parent = tree.pop("extends", None)
     if parent is None:
         return tree

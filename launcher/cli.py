@@ -209,11 +209,12 @@ def plan(
     [dim]shoal plan pretrain_dense.yaml model.vocab_size=50304[/dim]
     [dim]shoal plan pretrain_moe.yaml --precision int8 --context 4096[/dim]
     """
-    from shoal.configs.load import load_run
+    from shoal.configs.load import load_config
+    from shoal.configs.schema import RunConfig
     from shoal.launcher.plan import shape_table
     from shoal.launcher.tables import show
 
-    loaded = load_run(config, overrides or ())
+    loaded = load_config(RunConfig, config, overrides or ())
     show(shape_table(loaded, context or loaded.model.context, precision))
 
 

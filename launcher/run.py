@@ -28,7 +28,7 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}\n  fix: run `make install` once, or `pip install -e .`")
 
-from shoal.configs.load import load_run
+from shoal.configs.load import load_config
 from shoal.configs.schema import RunConfig
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Order:
 
     def load(self) -> list[RunConfig]:
         """Load the configs with the overrides applied to each."""
-        return [load_run(config, self.overrides) for config in self.configs]
+        return [load_config(RunConfig, config, self.overrides) for config in self.configs]
 
 
 def parse_order(argv: Sequence[str]) -> Order:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from shoal.configs.corpus import PrepareConfig
 from shoal.configs.errors import ConfigError, DataError, ShoalError
-from shoal.configs.load import find_config, load_config
+from shoal.configs.load import load_config
 from shoal.configs.schema import RunConfig
 from shoal.configs.study import StudyConfig
 from shoal.launcher.arms import Arm, CorpusFacts, RunPlanner, best_rate, settle_arms
@@ -82,9 +82,8 @@ def run_study(path: str | Path, overrides: Sequence[str] = ()) -> Path:
 
     console = Console(highlight=False)
     begun = time.monotonic()
-    file = find_config(path)
-    config = load_config(StudyConfig, file, overrides)
-    study = _open_study(config, file, console)
+    config = load_config(StudyConfig, path, overrides)
+    study = _open_study(config, console)
     _train_all(study)
     _export_untrained(study)
     from shoal.launcher.verdict import write_study_report
@@ -94,7 +93,7 @@ def run_study(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     return folder
 
 
-def _open_study(config: StudyConfig, file: Path, console: Console) -> Study:
+def _open_study(config: StudyConfig, console: Console) -> Study:
     """Prepare the corpus, settle every shape; nothing is trained before all of it is checked."""
     from shoal.data_pipeline.shards import read_manifest
     from shoal.eval.preconditions import check_primary_task, check_reference_names
@@ -105,8 +104,7 @@ def _open_study(config: StudyConfig, file: Path, console: Console) -> Study:
     check_folder(Path(config.output) / config.name)
     check_reference_names(config.arms, config.support)
     check_primary_task([task.name for task in load_tasks(config.tasks)], config.primary_task)
-    beside = file.parent / config.prepare
-    prepare_config = load_config(PrepareConfig, beside if beside.is_file() else config.prepare)
+    prepare_config = load_config(PrepareConfig, config.prepare)
     with progress_bars() as progress:
         prepared = prepare_corpus(prepare_config, progress)
     if prepared.validation is None:

@@ -27,7 +27,6 @@ from shoal.configs.load import (
     dump_config,
     find_config,
     load_config,
-    load_run,
     merge,
     read_tree,
 )
@@ -177,14 +176,28 @@ def test_the_corpus_of_a_run_is_looked_for_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A name that is shipped too must not lead to the sample corpus."""
-    shipped = load_run("default.yaml")
-    assert shipped.prepare == "corpus_samples.yaml"
-    file = tmp_path / "run.yaml"
-    file.write_text("extends: default.yaml\n")
-    assert load_run(file).prepare == shipped.prepare, "nothing is beside it"
-    (tmp_path / "corpus_samples.yaml").write_text("name: mine\n")
-    assert load_run(file).prepare == str(tmp_path / "corpus_samples.yaml")
-    assert load_run(file, ["prepare=corpus.yaml"]).prepare == "corpus.yaml", "from where I am"
+    named = "prepare: corpus_samples.yaml\n"
+    for folder in ("base", "child"):
+        (tmp_path / folder).mkdir()
+    base = write(tmp_path, "extends: default.yaml\n" + named, "base/run.yaml")
+    child = write(tmp_path, "extends: ../base/run.yaml\n", "child/run.yaml")
+
+    def found(file: Path, *overrides: str) -> str | None:
+        return load_config(RunConfig, file, overrides).prepare
+
+    assert found(child) == found(base) == "corpus_samples.yaml", "nothing is beside them"
+    write(tmp_path, "name: theirs\n", "child/corpus_samples.yaml")
+    assert found(child) == "corpus_samples.yaml", "the child does not name it"
+    mine = write(tmp_path, "name: mine\n", "base/corpus_samples.yaml")
+    assert found(base) == str(mine)
+    assert Path(found(child) or "").samefile(mine), "beside the file that names it"
+    assert found(base, "prepare=corpus_samples.yaml") == "corpus_samples.yaml", "from where I am"
+    study = write(tmp_path, "extends: studies/demo.yaml\n" + named, "base/study.yaml")
+    assert load_config(StudyConfig, study).prepare == str(mine)
+    write(tmp_path, "extends: default.yaml\n", "base/plain.yaml")
+    assert found(tmp_path / "base/plain.yaml") == "corpus_samples.yaml", (
+        "shipped files mean shipped"
+    )
 
 
 @pytest.mark.parametrize(("given", "size"), [(None, 1024), (1000, 1000), (1100, 1100)])
