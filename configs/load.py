@@ -90,6 +90,13 @@ def build_config(kind: type[ConfigT], tree: Mapping[str, Any], where: object) ->
         raise ConfigError("\n  ".join(["invalid configuration", *problems]), where=where) from None
 
 
+def first_problem(error: ValidationError) -> str:
+    """Return the first thing pydantic found wrong, with its place where it has one."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return (f"{place}: " if place else "") + first["msg"].removeprefix("Value error, ")
+
+
 def read_tree(file: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read one YAML file and what it `extends`, as a plain tree.
 

@@ -7,7 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from shoal.configs.errors import ConfigError
+from shoal.configs.load import first_problem
 from shoal.configs.schema import EXPERT_MULTIPLE, ModelConfig
 from shoal.configs.study import SOLVED_AXES, BudgetConfig, MatchConfig
 from shoal.eval.candidate import ShapeFacts
@@ -174,7 +177,8 @@ def solve_shape(template: ModelConfig, budget: BudgetConfig, match: MatchConfig)
         match: Widths to try and the step of the feed-forward width.
 
     Raises:
-        ConfigError: no shape is within tolerance; names the nearest.
+        ConfigError: no model has one of the widths, or no shape is within tolerance; names the
+            first such width, or the nearest shape.
     """
     step = match.hidden_multiple
     if template.moe:
@@ -184,12 +188,6 @@ def solve_shape(template: ModelConfig, budget: BudgetConfig, match: MatchConfig)
         for width in match.widths or (template.width,)
         for shape in _shapes_of_width(template, width, budget, step)
     ]
-    if not shapes:
-        raise ConfigError(
-            f"none of the widths {', '.join(map(str, match.widths))} can be a model: "
-            f"{template.num_heads} heads must divide the width, each with an even share",
-            where="match.widths",
-        )
     met = [shape for shape in shapes if abs(shape.deviation) <= budget.tolerance]
     if met:
         return min(met, key=lambda s: (round(s.stretch, 3), abs(s.deviation))).model
@@ -209,8 +207,6 @@ def _shapes_of_width(
 ) -> Iterator[Shape]:
     """Yield the nearest shapes of one width, below and above the target."""
     base = _with_width(template, width)
-    if base is None:
-        return
     proportion = template.feed_forward / template.width
     # Every solved axis is linear in the feed-forward width: two points give the line.
     low = compute_cost(_with_hidden(base, step), budget)
@@ -228,14 +224,20 @@ def _shapes_of_width(
         yield Shape(model, value, deviation, abs(math.log(size / width / proportion)))
 
 
-def _with_width(template: ModelConfig, width: int) -> ModelConfig | None:
-    """Return the template at another width, or None where no valid model has it."""
+def _with_width(template: ModelConfig, width: int) -> ModelConfig:
+    """Return the template at another width.
+
+    Raises:
+        ConfigError: no model has it; says why.
+    """
     if width == template.width:
         return template
     try:
         return ModelConfig.model_validate(template.model_dump() | {"width": width})
-    except ValueError:  # heads do not divide it; the caller names all widths when none is left
-        return None
+    except ValidationError as error:
+        raise ConfigError(
+            f"no model is {width} wide: {first_problem(error)}", where="match.widths"
+        ) from None
 
 
 def _with_hidden(model: ModelConfig, hidden: int) -> ModelConfig:

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from shoal.configs.errors import DataError
+from shoal.configs.load import first_problem
 from shoal.trainer.engine import STATES, Engine
 from shoal.trainer.storage import digest, sync
 
@@ -154,11 +155,8 @@ def read_manifest(folder: Path) -> Manifest:
     except UnicodeDecodeError:
         raise DataError("not a Shoal checkpoint manifest: not UTF-8", where=path) from None
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
         raise DataError(
-            f"not a Shoal checkpoint manifest: {f'{place}: ' if place else ''}{first['msg']}",
-            where=path,
+            f"not a Shoal checkpoint manifest: {first_problem(error)}", where=path
         ) from None
     if manifest.schema_version != SCHEMA:
         raise DataError(f"schema {manifest.schema_version}, this is schema {SCHEMA}", where=path)

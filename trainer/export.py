@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from shoal.configs.errors import ConfigError, DataError, ShoalError
+from shoal.configs.load import first_problem
 from shoal.configs.schema import ModelConfig
 from shoal.kernels.backend import Kernels
 from shoal.trainer.card import render_card
@@ -98,7 +100,7 @@ def export_model(
     aside.mkdir()
     try:
         _write(model, config, tokenizer.folder, aside, dtype, eot_id)
-        report = _pass_gate(model, aside, tokenizer, sample_ids, dtype)
+        report = _pass_gate(model, aside, out, tokenizer, sample_ids, dtype)
         files = {
             file.name: digest(file)
             for file in sorted(aside.iterdir())
@@ -139,7 +141,13 @@ def _publish(aside: Path, out: Path) -> None:
     try:
         aside.rename(out)
     except OSError:
-        raise ConfigError("appeared while the export was being written", where=out) from None
+        if not out.exists():
+            raise
+        raise ConfigError(
+            "appeared while the export was being written",
+            where=out,
+            fix="choose another folder, or remove it",
+        ) from None
     sync(out.parent)
 
 
@@ -147,24 +155,24 @@ def _publish(aside: Path, out: Path) -> None:
 def _pass_gate(
     model: Transformer,
     folder: Path,
+    out: Path,
     tokenizer: TokenizerProof,
     sample_ids: Sequence[Sequence[int]],
     dtype: str,
 ) -> ExportReport:
-    """Load what was written and hold it against the model it came from."""
+    """Load what was written to `folder` for `out`, and hold it against the model it came from."""
     theirs = open_pretrained(folder, torch.float32)
     ours = _rounded(model, dtype)
     rows = torch.tensor(sample_ids)  # (rows, context)
     difference = float((theirs(rows).logits - ours(rows)).abs().max())
     if not difference < LARGEST_DIFFERENCE:  # not >=: NaN must fail too
-        raise GateError(
+        raise _gate_error(
             f"logits of what was written differ from the model's by {difference:.3g}, more than "
-            f"{LARGEST_DIFFERENCE:g}; nothing was exported",
-            where=folder.parent,
-            fix="this is a bug: please report the run's config.yaml",
+            f"{LARGEST_DIFFERENCE:g}",
+            out,
         )
-    generated = _check_generation(theirs, ours, rows[:1])
-    _check_tokenizer(open_tokenizer(folder), tokenizer)
+    generated = _check_generation(theirs, ours, rows[:1], out)
+    _check_tokenizer(open_tokenizer(folder), tokenizer, out)
     return ExportReport(model.config.export_class, dtype, difference, rows.numel(), generated)
 
 
@@ -186,7 +194,7 @@ def _rounded(model: Transformer, dtype: str) -> Callable[[Tensor], Tensor]:
 
 
 def _check_generation(
-    theirs: PreTrainedModel, ours: Callable[[Tensor], Tensor], row: Tensor
+    theirs: PreTrainedModel, ours: Callable[[Tensor], Tensor], row: Tensor, out: Path
 ) -> int:
     """Let the export continue a text greedily; each token must be the best by our own logits.
 
@@ -201,21 +209,25 @@ def _check_generation(
     for place in range(prompt.shape[1], longer.shape[1]):
         scores = logits[place - 1]
         if float(scores.max() - scores[longer[0, place]]) > TIE:
-            raise GateError(
-                f"greedy generation leaves the model's own at token {place}; nothing was exported",
-                fix="this is a bug: please report the run's config.yaml",
-            )
+            raise _gate_error(f"greedy generation leaves the model's own at token {place}", out)
     return longer.shape[1] - prompt.shape[1]
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, proof: TokenizerProof) -> None:
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, proof: TokenizerProof, out: Path) -> None:
     """Encode and decode a text of the corpus as the shards' tokenizer does."""
     ids = tokenizer(proof.text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     if list(ids) != list(proof.ids) or tokenizer.decode(ids) != proof.text:
-        raise GateError(
-            "the exported tokenizer does not reproduce the shards' ids; nothing was exported",
-            where=proof.folder,
+        raise _gate_error(
+            f"the exported tokenizer does not reproduce the ids of {proof.folder}", out
         )
+
+
+def _gate_error(cause: str, out: Path) -> GateError:
+    return GateError(
+        f"{cause}; nothing was exported",
+        where=out,
+        fix="this is a bug: please report the run's config.yaml",
+    )
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -261,6 +273,7 @@ def open_pretrained(folder: Path, dtype: torch.dtype, **options: Any) -> PreTrai
         DataError: it does not load, its tensors are not those its config.json asks for, or it is an
             export of ours that was altered.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -278,7 +291,9 @@ def open_pretrained(folder: Path, dtype: torch.dtype, **options: Any) -> PreTrai
             output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (
+        OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError
+    ) as error:  # fmt: skip
         raise DataError(f"model does not load: {error}", where=folder) from None
     finally:
         if shows_progress:
@@ -309,6 +324,27 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise DataError(f"tokenizer does not load: {error}", where=folder) from None
 
 
+def read_shape(folder: Path) -> ModelConfig:
+    """Read config.json of a Hugging Face folder, ours or another's, as a shape of ours.
+
+    Raises:
+        DataError: it does not load, or the model computes something ours cannot.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        settled = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise DataError(f"config.json does not load: {error}", where=folder) from None
+    try:
+        return import_config(settled.to_dict())
+    except DataError as error:
+        raise DataError(error.cause, where=error.where or folder, fix=error.fix) from None
+    except ValidationError as error:  # a shape that transformers would take
+        raise DataError(f"no model of ours: {first_problem(error)}", where=folder) from None
+
+
 def load_model(folder: Path, kernels: Kernels) -> tuple[Transformer, ModelConfig]:
     """Read a Hugging Face folder, ours or another's, as one of our models in fp32.
 
@@ -316,17 +352,11 @@ def load_model(folder: Path, kernels: Kernels) -> tuple[Transformer, ModelConfig
         DataError: weights are not safetensors, a tensor is missing or spare, the model computes
             something ours cannot, or it is an export of ours that was altered.
     """
-    from transformers import AutoConfig
-
     verify_export(folder)
+    config = read_shape(folder)
+    model = Transformer(config, kernels)
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
     try:
-        settled = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"config.json does not load: {error}", where=folder) from None
-    try:
-        config = import_config(settled.to_dict())
-        model = Transformer(config, kernels)
-        shapes = {name: value.shape for name, value in model.state_dict().items()}
         state = import_tensors(config, _read_tensors(folder), shapes)
     except DataError as error:
         raise DataError(error.cause, where=error.where or folder, fix=error.fix) from None

@@ -52,7 +52,7 @@ def test_moe_equal_in_flops_is_larger_and_equal_in_bytes_is_cheaper():
 
 def test_widths_are_searched_and_proportions_kept():
     target = budget("resident_bytes", 2.5 * compute_cost(DENSE, budget("resident_bytes", 1)))
-    match = MatchConfig(budget="b", widths=(192, 250, 300, 324, 396), hidden_multiple=8)
+    match = MatchConfig(budget="b", widths=(192, 300, 324, 396), hidden_multiple=8)
     shape = solve_shape(DENSE, target, match)
     assert abs(compute_cost(shape, target) / target.target - 1) <= 0.03
     wide = {w: solve_shape(DENSE, target, match.model_copy(update={"widths": (w,)}))
@@ -60,7 +60,7 @@ def test_widths_are_searched_and_proportions_kept():
     proportion = DENSE.feed_forward / DENSE.width
     best = min(wide.values(), key=lambda m: abs(m.feed_forward / m.width / proportion - 1))
     assert shape == best
-    assert shape.width in (300, 324)  # 250 is no multiple of six heads
+    assert shape.width in (300, 324)
 
 
 def test_key_value_budget_is_met_by_width():
@@ -87,11 +87,17 @@ def test_coarse_steps_that_miss_are_refused():
         solve_shape(DENSE, tight, MatchConfig(budget="b", hidden_multiple=128))
 
 
-def test_widths_that_are_no_models_are_refused():
-    with pytest.raises(ConfigError, match="none of the widths 100, 101"):
-        solve_shape(
-            DENSE, budget("resident_bytes", 1e7), MatchConfig(budget="b", widths=(100, 101))
-        )
+@pytest.mark.parametrize(
+    ("template", "width", "reason"),
+    [(DENSE, 100, "width 100 is not a multiple of num_heads 6"), (DENSE, 198, "head_dim 33 is odd"),
+     (MOE, 204, "must be multiples of 8"), (DENSE, -6, "width: Input should be greater")],
+)  # fmt: skip
+def test_width_that_is_no_model_is_refused_with_the_reason(template, width, reason):
+    """Also beside widths that would do: the list asks for a search that cannot be made."""
+    match = MatchConfig(budget="b", widths=(192, width, 101))
+    with pytest.raises(ConfigError, match=f"no model is {width} wide: .*{reason}") as caught:
+        solve_shape(template, budget("resident_bytes", 1e7), match)
+    assert caught.value.where == "match.widths"
 
 
 def test_timed_axes_cannot_be_solved():

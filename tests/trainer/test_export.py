@@ -133,8 +133,9 @@ def test_a_permuted_weight_fails_the_gate_and_leaves_nothing(
         return tensors | {name: tensors[name].flip(0).contiguous()}
 
     monkeypatch.setattr(export, "export_tensors", wrong)
-    with pytest.raises(GateError, match="logits of what was written differ"):
+    with pytest.raises(GateError, match="logits of what was written differ") as caught:
         write(build(kind, tokenizer), tokenizer, tmp_path / "out")
+    assert caught.value.where == str(tmp_path / "out") and caught.value.fix
     assert list(tmp_path.iterdir()) == []
 
 
@@ -153,11 +154,12 @@ def test_another_tokenizer_fails_the_gate(tokenizer: Path, tmp_path: Path) -> No
     loaded = Tokenizer.load(tokenizer)
     proof = TokenizerProof(other, TEXT, loaded.encode_batch([TEXT])[0].tolist())
     model = build("llama", tokenizer)
-    with pytest.raises(GateError, match="does not reproduce the shards' ids"):
+    with pytest.raises(GateError, match=f"does not reproduce the ids of {other}") as caught:
         export_model(
             model, model.config, proof, tmp_path / "out", sample_ids=[list(range(8))],
             facts={"name": "x", "run": {}, "step": 0, "tokens": 0}, dtype="fp32", eot_id=0,
         )  # fmt: skip
+    assert caught.value.where == str(tmp_path / "out") and caught.value.fix
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
@@ -167,6 +169,30 @@ def test_an_existing_target_is_refused_untouched(tokenizer: Path, tmp_path: Path
     with pytest.raises(ConfigError, match="exists already"):
         write(build("llama", tokenizer), tokenizer, tmp_path / "out")
     assert (tmp_path / "out/mine.txt").read_text() == "precious"
+
+
+def test_generation_that_leaves_the_model_fails_the_gate(tmp_path: Path) -> None:
+    class Stubborn:
+        def generate(self, prompt: torch.Tensor, **_: Any) -> torch.Tensor:
+            return torch.cat([prompt, torch.full((1, 1), 7)], dim=1)
+
+    def ours(ids: torch.Tensor) -> torch.Tensor:  # token 3 is the best everywhere
+        return torch.nn.functional.one_hot(torch.full_like(ids, 3), 9).float()
+
+    row, out = torch.zeros(1, 4, dtype=torch.long), tmp_path / "out"
+    with pytest.raises(GateError, match="leaves the model's own at token 2") as caught:
+        export._check_generation(Stubborn(), ours, row, out)  # type: ignore[arg-type]
+    assert caught.value.where == str(out) and caught.value.fix
+
+
+def test_a_rename_that_fails_is_not_taken_for_a_rival(tmp_path: Path) -> None:
+    (tmp_path / "aside").mkdir()
+    with pytest.raises(FileNotFoundError):
+        export._publish(tmp_path / "aside", tmp_path / "gone" / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").touch()
+    with pytest.raises(ConfigError, match="appeared while"):
+        export._publish(tmp_path / "aside", tmp_path / "out")
 
 
 def test_the_card_tells_what_was_trained(tokenizer: Path, tmp_path: Path) -> None:
@@ -225,6 +251,8 @@ def test_a_kill_while_exporting_leaves_nothing_that_looks_complete(
         ({"num_hidden_layers": 3}, "missing model.layers.2"),
         ({"num_hidden_layers": 1}, "unknown model.layers.1"),
         ({"intermediate_size": 56}, "do not make up"),
+        ({"num_key_value_heads": 3}, "no model of ours: num_heads 4 is not a multiple"),
+        ({"head_dim": 7}, "does not load.*\n.*even rotary dimension"),
     ],
 )  # fmt: skip
 def test_what_ours_cannot_compute_is_refused(
