@@ -132,7 +132,8 @@ def generate(
 
     Args:
         export: An export of ours, or any Hugging Face folder.
-        prompt: Text; the end of it where it is longer than the context.
+        prompt: Text; the end of it where it and the new tokens do not fit into the context, but
+            never less than half a context of it.
         max_new_tokens: Most tokens added; fewer where the model ends or its context is full.
         temperature: 0 takes the likeliest token each time.
         top_k: Only this many likeliest tokens are drawn from; 0: all.
@@ -143,8 +144,9 @@ def generate(
     from shoal.eval.candidate import Candidate
 
     candidate = Candidate.open(export)
-    count = min(max_new_tokens, candidate.context - 1)
-    ids = [candidate.start_id, *candidate.encode([prompt])[0]][-(candidate.context - count) :]
+    kept = max(candidate.context - max_new_tokens, candidate.context // 2)
+    ids = [candidate.start_id, *candidate.encode([prompt])[0]][-kept:]
+    count = min(max_new_tokens, candidate.context - len(ids))
     model = candidate.model("fp32")
     torch.manual_seed(seed)
     drawing = {"temperature": temperature, "top_k": top_k} if temperature else {}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shoal.configs.errors import ConfigError
-from shoal.configs.schema import RunConfig, Stream
+from shoal.configs.schema import ModelConfig, RunConfig, Stream
 from shoal.launcher.runs import run_folder
 
 if TYPE_CHECKING:
@@ -181,6 +181,15 @@ def _padded(config: RunConfig, entries: int) -> int:
     return config.model.with_vocab(entries).vocab_size or entries
 
 
+def _teacher_shape(config: RunConfig) -> ModelConfig | None:
+    """Return the shape of the run's teacher; None without one, and where it is yet to be made."""
+    if config.teacher is None or not Path(config.teacher.path).is_dir():
+        return None
+    from shoal.trainer.export import read_shape
+
+    return read_shape(Path(config.teacher.path))
+
+
 def shape_table(config: RunConfig, context: int, precision: str) -> Table:
     """Return parameters, inference memory and FLOPs of the model a config describes."""
     from rich.table import Table
@@ -198,7 +207,9 @@ def shape_table(config: RunConfig, context: int, precision: str) -> Table:
     table = Table(title=f"{config.name}: exports as {model.export_class}", title_justify="left")
     table.add_column("quantity")
     table.add_column("value", justify="right")
-    training = training_flops_per_token(model, model.context)
+    teacher = _teacher_shape(config)
+    training = training_flops_per_token(model, model.context, teacher)
+    left_out = ", without the teacher" if config.teacher and not teacher else ""
     flops = flops_per_token(model, context).total
     for label, value in {
         "vocabulary": f"{model.vocab_size:,}",
@@ -209,9 +220,9 @@ def shape_table(config: RunConfig, context: int, precision: str) -> Table:
         f"resident bytes in {precision}": f"{resident_bytes(model, precision):,}",
         f"KV bytes per token in {precision}": f"{kv_bytes_per_token(model, precision):,}",
         f"KV bytes at context {context}": f"{kv_bytes_per_token(model, precision) * context:,}",
-        "training FLOPs per token": f"{training:,}",
+        f"training FLOPs per token{left_out}": f"{training:,}",
         "training tokens": f"{config.steps * config.step_tokens:,}",
-        "training FLOPs": f"{training * config.steps * config.step_tokens:.3g}",
+        f"training FLOPs{left_out}": f"{training * config.steps * config.step_tokens:.3g}",
     }.items():
         table.add_row(label, value)
     return table

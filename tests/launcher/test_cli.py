@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -126,6 +128,73 @@ def test_plan_shows_what_the_model_costs(capsys: pytest.CaptureFixture[str]) -> 
     assert "LlamaForCausalLM" in out
     assert "123,587,328" in out  # 38.6 M embedding, 85 M in 12 layers
     assert "at context 512" in out
+
+
+def test_plan_counts_the_teacher_or_says_that_it_does_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from shoal.configs.schema import ModelConfig
+    from shoal.trainer.cost import flops_per_token
+    from shoal.trainer.formats import export_config
+
+    def training_flops(*words: str) -> tuple[str, int]:
+        code, out, _ = shoal("plan", "default.yaml", *small, *words, capsys=capsys)
+        assert code == 0
+        row = next(line for line in out.splitlines() if "training FLOPs per token" in line)
+        name, value = (cell.strip() for cell in row.strip("│").split("│"))
+        return name, int(value.replace(",", ""))
+
+    small = ["model.vocab_size=512", "model.context=256"]
+    _, alone = training_flops()
+    folder = tmp_path / "teacher"
+    name, value = training_flops(f"teacher.path={folder}")
+    assert (name, value) == ("training FLOPs per token, without the teacher", alone)
+    shape = ModelConfig(vocab_size=512, context=256, num_layers=2, width=64, num_heads=4)
+    folder.mkdir()
+    tree = export_config(shape, eot_id=0, dtype="fp32")
+    (folder / "config.json").write_text(json.dumps(tree), encoding="utf-8")
+    name, value = training_flops(f"teacher.path={folder}")
+    assert name == "training FLOPs per token"
+    assert value == alone + flops_per_token(shape, 256).total
+
+
+class Echo:
+    """A model with a context of 16 that remembers what it was given."""
+
+    context, start_id, device = 16, 0, "cpu"
+    tokenizer = SimpleNamespace(decode=lambda ids, **_: f"+{len(ids)}")
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return [list(range(1, len(texts[0]) + 1))]
+
+    def model(self, _: str) -> Echo:
+        return self
+
+    def generate(self, tokens: Any, max_new_tokens: int, **_: Any) -> Any:
+        self.given = tokens[0].tolist()
+        return tokens.new_zeros(1, tokens.shape[1] + max_new_tokens)
+
+
+@pytest.mark.parametrize(
+    ("letters", "asked", "given", "added"),
+    [
+        (5, 100, 6, 10),  # all of a prompt that fits, and what is then left of the context
+        (5, 4, 6, 4),
+        (30, 4, 12, 4),  # the end of a long one, with room for what is asked for
+        (30, 100, 8, 8),  # but half a context of it
+    ],
+)
+def test_generate_keeps_of_the_prompt_what_fits(
+    letters: int, asked: int, given: int, added: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shoal.eval.candidate import Candidate
+    from shoal.launcher.exports import generate
+
+    echo = Echo()
+    monkeypatch.setattr(Candidate, "open", lambda _: echo)
+    prompt = "x" * letters
+    assert generate(Path("export"), prompt, asked, 0, 0, 0) == f"{prompt}+{added}"
+    assert echo.given == list(range(letters + 1))[-given:]
 
 
 def test_plan_takes_the_vocabulary_from_the_corpus_config(
