@@ -230,11 +230,11 @@ class _Training:
         self.saved_step = self.step
         if self.facts.rank == 0:
             checkpoint.remove_old(self.checkpoints, self.config.checkpoint.keep, self.step)
-        self._book()
+        self._book(self.step)
 
-    def _book(self) -> None:
-        """Append what was done since the last entry to the ledger."""
-        steps, self.booked_step = self.step - self.booked_step, self.step
+    def _book(self, step: int) -> None:
+        """Append what was done since the last entry, up to and with `step`, to the ledger."""
+        steps, self.booked_step = step - self.booked_step, step
         seconds, self.booked_at = time.monotonic() - self.booked_at, time.monotonic()
         started, self.started = self.started, now()
         if self.facts.rank or not steps:
@@ -252,11 +252,12 @@ class _Training:
                 device=self.facts.device,
                 tokens=tokens,
                 flops=tokens * self.facts.training_flops_per_token,
-                note=f"steps {self.step - steps} to {self.step}",
+                note=f"steps {step - steps} to {step}",
             ),
         )
 
     def _refuse_non_finite(self, loss: float, norm: float, batches: Sequence[Batch]) -> None:
+        self._book(self.step + 1)  # that step was worked too, and a search pays for its failures
         rows = [int(row) for batch in batches for row in batch.row_ids if row >= 0]
         raise NonFiniteLossError(
             f"loss {loss}, gradient norm {norm} at step {self.step + 1}; rows of rank "

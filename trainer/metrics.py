@@ -11,19 +11,28 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from shoal.configs.errors import DataError
+
 PLAIN_LINE_SECONDS = 10.0
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the records of a run; a last line torn by a kill is dropped."""
-    records: list[dict[str, Any]] = []
+    """Read the records of a run; a last line torn by a kill is dropped.
+
+    Raises:
+        DataError: any other line is broken; names its number.
+    """
     if not path.exists():
-        return records
-    for line in path.read_text(encoding="utf-8").splitlines():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    records: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise DataError(f"line {number} is not a record: {error}", where=path) from None
     return records
 
 

@@ -211,6 +211,8 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     assert "[12, 13, 14, 15]" in text and "newest checkpoint is step 2" in text
     assert steps_on_disk(folder) == [2]
     assert list(curve(folder)) == [1, 2, 3]  # the broken step is not recorded
+    booked = [entry.note for entry in read_ledger(folder / "ledger.jsonl")]
+    assert booked == ["steps 0 to 2", "steps 2 to 4"]  # but it was worked
     assert run(folder, every_steps=2)["error"] is None  # with sound weights it goes on
 
 

@@ -88,6 +88,16 @@ def test_torn_metrics_lose_their_last_line_alone(tmp_path):
     assert read_metrics(tmp_path / "absent.jsonl") == []
 
 
+def test_a_broken_line_of_the_metrics_is_named(tmp_path):
+    write_steps(tmp_path, 0, 3)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[0], lines[1][:9] + "\n", *lines[2:]]))
+    with pytest.raises(DataError, match="line 2 is not a record") as error:
+        read_metrics(path)
+    assert error.value.where == str(path)
+
+
 def test_ranks_other_than_0_write_nothing(tmp_path, capsys):
     metrics = Metrics(tmp_path, name="run", steps=3, start=0, active=False)
     metrics.write("train", 1, loss=1.0, tokens_per_second=1.0)
