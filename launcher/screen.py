@@ -73,5 +73,5 @@ def newest_checkpoint_note(run: Path) -> str:
 
 def newest_checkpoint(run: Path) -> str | None:
     """Return the folder of a run's newest checkpoint, judging by names alone."""
-    found = sorted(run.glob("checkpoints/step-*/manifest.json"))
+    found = sorted(run.glob(f"checkpoints/step-{8 * '[0-9]'}/manifest.json"))
     return str(found[-1].parent) if found else None

@@ -118,12 +118,12 @@ def _check_disk(folder: Path, config: RunConfig) -> None:
     Raises:
         PreflightError: names what is needed and what is free.
     """
-    from shoal.trainer.checkpoint import BYTES_PER_PARAMETER
+    from shoal.trainer.checkpoint import BYTES_PER_PARAMETER, list_checkpoints
     from shoal.trainer.cost import count_parameters
 
-    written = sum(file.stat().st_size for file in folder.glob("checkpoints/step-*/*"))
-    done = [int(f.name.removeprefix("step-")) for f in folder.glob("checkpoints/step-[0-9]*")]
-    left = config.steps - max(done, default=0)
+    done = list_checkpoints(folder / "checkpoints")
+    written = sum(file.stat().st_size for checkpoint in done for file in checkpoint.glob("*"))
+    left = config.steps - (int(done[-1].name.removeprefix("step-")) if done else 0)
     saves = -(-left // config.checkpoint.every_steps)
     if saves <= 0:
         return
@@ -141,10 +141,10 @@ def _check_disk(folder: Path, config: RunConfig) -> None:
 
 def _check_resume(folder: Path, config: RunConfig, position: dict[str, Any]) -> None:
     """Refuse to go on with another config or other inputs before anything is built or written."""
-    from shoal.trainer.checkpoint import read_manifest
+    from shoal.trainer.checkpoint import list_checkpoints, read_manifest
     from shoal.trainer.loop import check_same_inputs, check_same_run
 
-    for checkpoint in sorted(folder.glob("checkpoints/step-[0-9]*"), reverse=True):
+    for checkpoint in reversed(list_checkpoints(folder / "checkpoints")):
         try:
             manifest = read_manifest(checkpoint)
         except DataError:

@@ -3,7 +3,7 @@
 A checkpoint is a folder `step-00000100` with one safetensors file a rank and `manifest.json`,
 which lists for every file its size and SHA-256, and for every (parameter, state) the slices it is
 stored in as (file, key, offset, length): any number of ranks and any ZeRO stage can read it.
-Written aside, verified by size, synced, renamed: a folder with this name is whole.
+Written aside, synced, renamed: a folder with this name is whole.
 """
 
 from __future__ import annotations
@@ -80,6 +80,15 @@ class Manifest(BaseModel):
 def checkpoint_name(step: int) -> str:
     """Return the folder name of a step."""
     return f"step-{step:08d}"
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Return the checkpoints in a folder, oldest first, judging by names alone.
+
+    Only a name that `checkpoint_name` gives counts: a user's copy beside it (step-00000050.bak) is
+    no checkpoint, and no business of ours.
+    """
+    return sorted(root.glob("step-" + 8 * "[0-9]"))
 
 
 def save_checkpoint(
@@ -193,9 +202,8 @@ def newest_checkpoint(root: Path, warn: Any = None) -> tuple[Path, Manifest] | N
     A damaged one is passed over with a warning; if all are damaged that is an error, since
     starting from scratch would silently lose the run.
     """
-    found = sorted(root.glob("step-[0-9]*"), reverse=True)
     problems = []
-    for folder in found:
+    for folder in reversed(list_checkpoints(root)):
         try:
             return folder, verify_checkpoint(folder)
         except DataError as error:
@@ -260,7 +268,7 @@ def remove_old(root: Path, keep: int, newest: int) -> None:
     `newest` is the step that was just saved. Folders of later steps were passed over as damaged
     when this run resumed: they must not count among those kept.
     """
-    found = sorted(root.glob("step-[0-9]*"))
+    found = list_checkpoints(root)
     whole = [folder for folder in found if folder.name <= checkpoint_name(newest)]
     for folder in set(found) - set(whole[-keep:]):
         # Renamed first: a kill in the middle must not leave a broken folder under a good name.

@@ -31,7 +31,8 @@ def test_checkpoints_that_cannot_fit_are_refused(
     with pytest.raises(PreflightError, match="checkpoints need") as caught:
         training._check_disk(tmp_path, config)
     assert caught.value.where == str(tmp_path)
-    (tmp_path / "checkpoints/step-00000001").mkdir(parents=True)
+    (tmp_path / "checkpoints/step-00000050.bak").mkdir(parents=True)  # a user's copy
+    (tmp_path / "checkpoints/step-00000001").mkdir()
     (tmp_path / "checkpoints/step-00000001/rank").write_bytes(bytes(1))
     training._check_disk(tmp_path, config)  # what lies there already is part of it
     free = needed // 3

@@ -15,6 +15,7 @@ from shoal.trainer import checkpoint
 from shoal.trainer.checkpoint import (
     MANIFEST,
     digest,
+    list_checkpoints,
     newest_checkpoint,
     read_manifest,
     remove_old,
@@ -72,6 +73,20 @@ DAMAGES = {
     "manifest is a folder": (
         lambda f: (f / MANIFEST).unlink() or (f / MANIFEST).mkdir(), MANIFEST, "cannot be read"),
 }  # fmt: skip
+
+
+def test_only_names_of_checkpoints_are_checkpoints(root):
+    for name in ("step-00000050.bak", "step-5", "step-000000500", ".partial-step-00000011"):
+        shutil.copytree(root / "step-00000010", root / name)
+    assert [path.name[5:] for path in list_checkpoints(root)] == [
+        "00000001",
+        "00000002",
+        "00000010",
+    ]
+    remove_old(root, 1, 10)
+    assert {path.name for path in root.iterdir()} == {
+        "step-00000010", "step-00000050.bak", "step-5", "step-000000500",
+    }  # fmt: skip
 
 
 def test_sound_checkpoints_verify(root):
