@@ -42,10 +42,8 @@ class SourceHashes:
     """SHA-256 of the files of a corpus; a file of known size and time is not read again."""
 
     def __init__(self, known: Path | None = None) -> None:
-        self._known: dict[str, list] = {}
+        self._known = {} if known is None else _read_known(known)
         self._seen: dict[str, list] = {}
-        if known is not None and known.is_file():
-            self._known = json.loads(known.read_text(encoding="utf-8"))
 
     def hash_source(self, source: SourceConfig) -> tuple[str, int, int]:
         """Return the hash over names and contents of a source's files, their number and size."""
@@ -61,7 +59,7 @@ class SourceHashes:
         stat = path.stat()
         facts = [stat.st_size, stat.st_mtime_ns]
         name = str(path.resolve())
-        if self._known.get(name, [])[:2] != facts:
+        if self._known.get(name, [])[:-1] != facts:
             self._known[name] = [*facts, hash_file(path)]
         self._seen[name] = self._known[name]
         return str(self._known[name][2])
@@ -69,6 +67,16 @@ class SourceHashes:
     def save(self, file: Path) -> None:
         """Remember what was hashed."""
         file.write_text(json.dumps(self._seen), encoding="utf-8")
+
+
+def _read_known(file: Path) -> dict[str, list]:
+    """Read what was hashed before; nothing where that is absent or damaged: it only saves time."""
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    found = tree if isinstance(tree, dict) else {}
+    return {name: facts for name, facts in found.items() if isinstance(facts, list)}
 
 
 def settled_config(config: PrepareConfig) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from shoal.configs.errors import ConfigError, DataError
 from shoal.data_pipeline import tokens
 from shoal.data_pipeline.manifest import hash_file, read_manifest, verify
 from shoal.data_pipeline.packing import find_targets
+from shoal.data_pipeline.provenance import SourceHashes
 from shoal.data_pipeline.rows import Rows
 from shoal.data_pipeline.shards import import_streaming, prepare
 from shoal.data_pipeline.tokenizer import Tokenizer
@@ -160,6 +161,15 @@ def test_changed_source_is_refused_a_touched_one_is_not(make_config, lines, reco
     lines(file, records(31))
     with pytest.raises(ConfigError, match="a source file changed"):
         prepare(config)
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"a": [1', b"[]", b'{"PATH": 5}', b"\xff"])
+def test_damaged_memory_of_hashes_is_no_hindrance(damage, make_config, corpus_file, tmp_path):
+    """It only saves time: sources are hashed again."""
+    source = make_config(tmp_path / "c").train[0]
+    known = tmp_path / "known.json"
+    known.write_bytes(damage.replace(b"PATH", str(corpus_file.resolve()).encode()))
+    assert SourceHashes(known).hash_source(source) == SourceHashes().hash_source(source)
 
 
 def test_changed_tokenizer_is_refused(make_config, prepared, tmp_path):
