@@ -24,8 +24,9 @@ class BudgetConfig(Section):
     target: float = Field(gt=0, description="FLOPs, bytes, ms or tokens/s, as the axis says")
     tolerance: Share = Field(0.03, description="largest deviation that still counts as met")
     precision: Literal["fp32", "bf16", "int8", "int4"] = "bf16"
-    context: Count | None = Field(
+    context: int | None = Field(
         None,
+        ge=4,  # below that no two tokens can be timed one after the other
         description="tokens in context when one more is computed. None: what all arms can take, up "
         "to 1024",
     )

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from shoal.configs.errors import ConfigError
 from shoal.eval.candidate import Candidate
 
 Progress = Callable[[str, int, int | None], None]
@@ -90,7 +89,6 @@ def measure_latencies(
     precision: str,
     context: int,
     batch: int,
-    repeats: int = REPEATS,
     progress: Progress | None = None,
 ) -> dict[str, Latency]:
     """Time all candidates in turns, as plain `transformers` runs them (no CUDA graphs).
@@ -98,26 +96,23 @@ def measure_latencies(
     Args:
         candidates: By name.
         precision: fp32 or bf16, weights and arithmetic.
-        context: Tokens in context when the last token is decoded.
+        context: Tokens in context when the last token is decoded, at least 4.
         batch: Rows decoded together.
-        repeats: Rounds that count, after warm-up.
         progress: Called with (label, rounds done, rounds in all).
 
     Raises:
-        ConfigError: the context is too short to decode in, or longer than a model's.
+        ConfigError: the context is longer than a model's.
     """
     steps = min(DECODE_STEPS, context // 2)
-    if steps < 2:
-        raise ConfigError(f"latency needs a context of at least 4 tokens, not {context}")
     for candidate in candidates.values():
         candidate.check_context(context)
     models = {name: candidate.model(precision) for name, candidate in candidates.items()}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    for turn in range(WARM_UP + repeats):
+    for turn in range(WARM_UP + REPEATS):
         for name, model in models.items():
             times[name].append(_time_once(model, batch, context - steps, steps))
         if progress:
-            progress("latency", turn + 1, WARM_UP + repeats)
+            progress("latency", turn + 1, WARM_UP + REPEATS)
     found = {}
     for name, measured in times.items():
         prefills, decodes = zip(*measured[WARM_UP:], strict=True)

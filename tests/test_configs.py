@@ -31,7 +31,7 @@ from shoal.configs.load import (
     read_tree,
 )
 from shoal.configs.schema import ModelConfig, MoEConfig, RunConfig
-from shoal.configs.study import StudyConfig, TasksConfig
+from shoal.configs.study import BudgetConfig, StudyConfig, TasksConfig
 
 YAML_FILES = sorted(str(path.relative_to(SHIPPED)) for path in SHIPPED.rglob("*.yaml"))
 MINIMAL = {"data": {"train": [{"path": "shards"}]}, "train": {"tokens": 1000}}
@@ -165,6 +165,13 @@ def test_broken_yaml_is_named(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         load_config(RunConfig, file)
     assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize("context", [0, 3])
+def test_a_context_too_short_to_time_is_refused(context: int) -> None:
+    budget = {"axis": "latency_ms", "target": 5, "context": context}
+    with pytest.raises(ConfigError, match="context: Input should be greater than or equal to 4"):
+        build_config(BudgetConfig, budget, where="test")
 
 
 def test_yaml_merges_may_be_overridden(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_context_beyond_the_model_is_refused(make_export):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_latency_takes_turns_and_counts(make_export, precision):
     members = {kind: Candidate.open(make_export(kind)) for kind in ("llama", "mixtral")}
-    found = measure_latencies(members, precision=precision, context=32, batch=2, repeats=20)
+    found = measure_latencies(members, precision=precision, context=32, batch=2)
     expected = torch.bfloat16 if precision == "bf16" else torch.float32
     for name, latency in found.items():
         assert members[name].model(precision).dtype == expected
