@@ -29,6 +29,7 @@ AXES = (
     ("kv_bytes_per_token", "KV cache, kB per token", 1e3),
     ("latency_ms", "ms per token, decoding", 1.0),
 )
+CONDITIONS = ("precision", "context", "batch")
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "shoal",
@@ -126,15 +127,21 @@ def _add_legend(report: Report, figure: Figure) -> None:
 
 
 def _draw_quality(report: Report, figure: Figure) -> bool:
-    """Primary metric against every axis of inference cost, targets as dashed lines."""
+    """Primary metric against every axis of inference cost, targets as dashed lines.
+
+    The points are taken under the first budget's conditions: a target that is meant under others
+    would stand in the wrong place, and is left to the table.
+    """
     task = report["study"]["primary_task"]
+    first = report["budgets"][0]
+    alike = [b for b in report["budgets"] if all(b[c] == first[c] for c in CONDITIONS)]
     grid = figure.subplots(1, len(AXES), sharey=True)
     for axes, (axis, label, unit) in zip(grid, AXES, strict=True):
         values = []
         for arm in report["arms"]:
             values.append(_axis_value(arm, axis) / unit)
             _draw_score(axes, report, arm, task, values[-1])
-        targets = [b["target"] / unit for b in report["budgets"] if b["axis"] == axis]
+        targets = [b["target"] / unit for b in alike if b["axis"] == axis]
         for target in dict.fromkeys(targets):
             axes.axvline(target, color=GREY, linestyle="--", linewidth=1)
         axes.set_xlabel(label)

@@ -124,9 +124,10 @@ def _headline(verdict: Row, arms: Sequence[Row], pairs: Sequence[Row]) -> str:
     if verdict["outcome"] == "winner":
         return f"{leader['name']} wins: {value} {metric} on {task}, {_proof(verdict, arms, pairs)}"
     rivals = [name for name in verdict["unbeaten"] if name != leader["name"]]
+    among = " of the arms within their budgets" if verdict["off_budget"] else ""
     return (
-        f"Undecided: {leader['name']} has the best mean ({value} {metric} on {task}), but the "
-        f"evidence does not separate it from {_list(rivals)}."
+        f"Undecided: {leader['name']} has the best mean{among} ({value} {metric} on {task}), but "
+        f"the evidence does not separate it from {_list(rivals)}."
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from shoal.configs.errors import ConfigError
 from shoal.eval.compare import check_report
+from shoal.eval.plots import draw_all
 from shoal.eval.report import render_html, render_markdown, write_report
 
 SECTIONS = (
@@ -71,6 +72,19 @@ def test_svg_takes_the_colour_of_the_page(page):
     drawn = "".join(re.findall(r"<svg.*?</svg>", page, flags=re.S))
     assert "currentColor" in drawn
     assert "#000000" not in drawn and "#010203" not in drawn and "#ffffff" not in drawn
+
+
+@pytest.mark.parametrize("condition", ["precision", "context", "batch"])
+def test_targets_meant_under_other_conditions_are_not_drawn(report, condition):
+    def count_targets(budget):
+        changed = {**report, "budgets": [*report["budgets"], {**report["budgets"][1], **budget}]}
+        return draw_all(changed)["quality"].count("stroke-dasharray")
+
+    as_it_is = draw_all(report)["quality"].count("stroke-dasharray")
+    assert as_it_is == 3
+    assert count_targets({"target": 70_000}) == as_it_is + 1
+    other = {"precision": "fp32", "context": 32, "batch": 2}[condition]
+    assert count_targets({"target": 70_000, condition: other}) == as_it_is
 
 
 def test_names_are_escaped(report):

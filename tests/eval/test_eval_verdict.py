@@ -64,6 +64,9 @@ def test_undecided_deploys_the_cheapest_unbeaten():
     assert verdict["deploy"] == "b"
     assert verdict["export"] == "runs/b"
     assert "Deploy b" in verdict["sentences"][0]
+    assert "a has the best mean (1.0000" in verdict["headline"]
+    off = reach_verdict([*arms, verdict_arm("d", 0.9, within=False)], pairs, UNIGRAM, "text")
+    assert "a has the best mean of the arms within their budgets (1.0000" in off["headline"]
 
 
 def test_arm_off_its_budget_cannot_win():
