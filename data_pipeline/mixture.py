@@ -29,7 +29,7 @@ def _round_keys(*parts: int | str) -> tuple[np.uint64, ...]:
     return tuple(np.frombuffer(digest, dtype="<u8"))
 
 
-def _scramble(values: np.ndarray, key: np.uint64) -> np.ndarray:
+def scramble(values: np.ndarray, key: np.uint64) -> np.ndarray:
     """Mix 64-bit words under a key (the finaliser of SplitMix64, Steele et al. 2014)."""
     mixed = values + key
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -64,9 +64,9 @@ def permute(positions: np.ndarray, size: int, *key: int | str) -> np.ndarray:
         low, high = values & low_mask, values >> low_bits
         for number, round_key in enumerate(keys):
             if number % 2:
-                high = high ^ (_scramble(low, round_key) & high_mask)
+                high = high ^ (scramble(low, round_key) & high_mask)
             else:
-                low = low ^ (_scramble(high, round_key) & low_mask)
+                low = low ^ (scramble(high, round_key) & low_mask)
         values = (high << low_bits) | low
         result[walking] = values
         walking = walking[values >= np.uint64(size)]

@@ -7,7 +7,7 @@ precision the byte budget assumes, and every pair of arms is tested on every tas
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ from shoal.eval.budget import (
 from shoal.eval.cache import ResultCache
 from shoal.eval.calibration import calibrate
 from shoal.eval.candidate import ShapeFacts
-from shoal.eval.contamination import COMMON_DOCUMENTS, GRAM, Overlap
+from shoal.eval.contamination import COMMON_DOCUMENTS, GRAM
 from shoal.eval.evaluation import Conditions, Contestant, Evaluator
-from shoal.eval.inputs import ArmInput, References, TrainingTexts
+from shoal.eval.inputs import ArmInput, Progress, References, TrainingTexts
 from shoal.eval.latency import Latency, describe_machine
 from shoal.eval.pairs import ArmScores, compare_pairs, describe_scores
 from shoal.eval.preconditions import check_conditions, check_names, check_reference_names
@@ -33,8 +33,6 @@ from shoal.eval.spending import cost_curve, describe_training, total_ledger
 from shoal.eval.tasks.catalogue import load_tasks
 from shoal.eval.tasks.task import Task
 from shoal.eval.verdict import reach_verdict
-
-Progress = Callable[[str, int, int | None], None]
 
 SCHEMA = 1
 
@@ -188,6 +186,7 @@ def _describe_arm(
     own = arm.match or max(measured, key=lambda key: measured[key].excess)
     first = next(iter(budgets.values()))
     facts = evaluator.shape_facts(contestant.first, first.settled_context)
+    contestant.first.release()  # what counting built; the next arm's needs the room
     return {
         "name": arm.name,
         "kind": arm.kind,
@@ -285,11 +284,9 @@ def _search(
     if training is None:
         return {"searched": False, **rule, "documents": None, "tasks": {}}
     found: dict[str, Any] = {}
-    documents = 0
+    overlaps = evaluator.overlaps(training)
     for task in evaluator.tasks:
-        overlap = Overlap(**evaluator.overlap(training, task))
-        documents = overlap.documents
-        marked = set(overlap.contaminated)
+        marked = set(overlaps[task.name].contaminated)
         ids = task.item_ids()
         found[task.name] = {
             "items": len(ids),
@@ -300,4 +297,5 @@ def _search(
             row["tasks"][task.name]["without_contaminated"] = scored[task.name].mean.value_without(
                 marked
             )
+    documents = next(iter(overlaps.values())).documents
     return {"searched": True, **rule, "documents": documents, "tasks": found}

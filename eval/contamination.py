@@ -13,10 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shoal.data_pipeline.mixture import scramble
+
 GRAM = 13
 COMMON_DOCUMENTS = 10
 _WORDS = re.compile(r"[^\W_]+")
-_FACTORS = np.array([pow(0x9E3779B97F4A7C15, i, 2**64) for i in range(1, GRAM + 1)], np.uint64)
+_KEY = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio: odd, and no pattern in its bits
+_FACTORS = np.array([pow(int(_KEY), i, 2**64) for i in range(1, GRAM + 1)], np.uint64)
 
 
 @dataclass(frozen=True)
@@ -70,16 +73,8 @@ def _grams(text: str, numbers: dict[str, int], *, grow: bool) -> np.ndarray:
         ids = [numbers.setdefault(word, len(numbers) + 1) for word in words]
     else:
         ids = [numbers.get(word, 0) for word in words]
-    mixed = _mix(np.asarray(ids, dtype=np.uint64))
+    mixed = scramble(np.asarray(ids, dtype=np.uint64), _KEY)
     windows = np.lib.stride_tricks.sliding_window_view(mixed, GRAM)  # (grams, 13)
     hashes = windows @ _FACTORS  # wraps around at 2^64, as meant
     known = np.lib.stride_tricks.sliding_window_view(np.asarray(ids) > 0, GRAM).all(axis=1)
     return hashes[known]
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    """Spread small numbers over 64 bits (the finaliser of splitmix64)."""
-    mixed = values + np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))

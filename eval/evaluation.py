@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,12 @@ from shoal.configs.errors import ConfigError
 from shoal.configs.study import BudgetConfig
 from shoal.eval.cache import ResultCache
 from shoal.eval.candidate import Candidate, ShapeFacts
-from shoal.eval.contamination import find_overlap
-from shoal.eval.inputs import ArmInput, References, TrainingTexts
+from shoal.eval.contamination import Overlap, find_overlap
+from shoal.eval.inputs import ArmInput, Progress, References, TrainingTexts
 from shoal.eval.latency import REPEATS, Latency, describe_machine, measure_latencies
 from shoal.eval.pairs import ArmScores
 from shoal.eval.scoring import score_texts, unigram_scores
 from shoal.eval.tasks.task import ItemScores, Task
-
-Progress = Callable[[str, int, int | None], None]
 
 # What a config.json may hold that does not change the shape.
 VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
@@ -201,16 +200,23 @@ class Evaluator:
             },
         }
 
-    def overlap(self, training: TrainingTexts, task: Task) -> dict[str, Any]:
-        """Search, or recall, which items of a task are in the training text."""
-        facts = {"task": [task.kind, task.version, task.file_hash], "training": training.key}
+    def overlaps(self, training: TrainingTexts) -> dict[str, Overlap]:
+        """Search, or recall, which items of each task are in the training text, read once."""
+        tasks = [[task.kind, task.version, task.file_hash] for task in self.tasks]
 
         def search() -> dict[str, Any]:
             if self.progress:
-                self.progress(f"searching {task.name} in the training text", 0, None)
-            return asdict(find_overlap(task.texts(), training.read()))
+                self.progress("searching the test items in the training text", 0, None)
+            items = [text for task in self.tasks for text in task.texts()]
+            return asdict(find_overlap(items, training.read()))
 
-        return self.cache.get("overlap", facts, search)
+        facts = {"tasks": tasks, "training": training.key}
+        found = Overlap(**self.cache.get("overlap", facts, search))
+        shares = iter(found.shares)
+        return {
+            task.name: Overlap(list(islice(shares, len(task.item_ids()))), found.documents)
+            for task in self.tasks
+        }
 
 
 def _label(arm: ArmInput, seed: int | None) -> str:

@@ -11,6 +11,9 @@ import numpy as np
 
 from shoal.configs.schema import ModelConfig
 
+Progress = Callable[[str, int, int | None], None]
+"""Told (label, done, total); a total of None is not known."""
+
 
 @dataclass(frozen=True)
 class ExportInput:

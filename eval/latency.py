@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,8 +18,7 @@ import numpy as np
 import torch
 
 from shoal.eval.candidate import Candidate
-
-Progress = Callable[[str, int, int | None], None]
+from shoal.eval.inputs import Progress
 
 REPEATS = 20
 WARM_UP = 2

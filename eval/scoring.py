@@ -6,7 +6,7 @@ mask is needed. Logits are computed from the first scored position of a batch on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +15,7 @@ import torch.nn.functional as F
 
 from shoal.configs.errors import DataError
 from shoal.eval.candidate import Candidate
-
-Progress = Callable[[str, int, int | None], None]
+from shoal.eval.inputs import Progress
 
 BATCH_TOKENS = 4096
 BATCH_LOGITS = 12_000_000  # numbers; 48 MB in fp32 stays friendly to small machines

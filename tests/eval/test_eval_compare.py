@@ -7,9 +7,10 @@ import pytest
 
 from shoal.configs.errors import ConfigError, DataError
 from shoal.configs.study import BudgetConfig, TasksConfig
+from shoal.eval import compare as comparison
 from shoal.eval import evaluation
 from shoal.eval.compare import compare
-from shoal.eval.inputs import ArmInput, ExportInput, References
+from shoal.eval.inputs import ArmInput, ExportInput, References, TrainingTexts
 from shoal.eval.preconditions import check_conditions, check_reference_names
 from shoal.eval.report import write_report
 from shoal.eval.spending import cost_curve, describe_training, total_ledger
@@ -231,6 +232,20 @@ def test_reference_of_a_taken_name_is_refused(name):
     check_reference_names(["a", "b"], ["teacher"])
     with pytest.raises(ConfigError, match=f"cannot be called '{name}'"):
         check_reference_names(["a", "b"], ["teacher", name])
+
+
+def test_models_are_let_go_and_the_corpus_is_read_once(inputs, make_export, monkeypatch):
+    opened, read = [], []
+    real = comparison.Contestant
+    monkeypatch.setattr(
+        comparison, "Contestant", lambda arm: opened.append(real(arm)) or opened[-1]
+    )
+    arms = [ArmInput(kind, "dense", [ExportInput(make_export(kind))]) for kind in ("llama", "gpt2")]
+    budgets = {"bytes": inputs["budgets"]["bytes"]}
+    texts = TrainingTexts(lambda: read.append(1) or inputs["training_texts"].read(), "key")
+    found = compare(arms, budgets, inputs["tasks"], training_texts=texts)
+    assert [len(c._models) for one in opened for c in one.candidates] == [0, 0]
+    assert len(found["contamination"]["tasks"]) == 3 and read == [1]
 
 
 def test_lone_foreign_export_is_reported(inputs, make_export, tmp_path):
