@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shoal.trainer.storage import open_aside
+from shoal.trainer.storage import open_aside, write_durable
 
 FORMAT = 1  # raise when the same inputs would give another result than before
 
@@ -38,10 +37,7 @@ class ResultCache:
         result = compute()
         self.folder.mkdir(parents=True, exist_ok=True)
         aside = open_aside(file, alone=True)
-        with aside.open("w", encoding="utf-8") as stream:
-            json.dump({"facts": plain, "result": result}, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
+        write_durable(aside, json.dumps({"facts": plain, "result": result}))
         aside.replace(file)
         return result
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.configs.errors import ConfigError, DataError
 from shoal.trainer.cost import BYTES_PER_VALUE
+from shoal.trainer.storage import digest
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 RUN_PRECISIONS = ("fp32", "bf16")
 """Those that models can be run at; budgets may be computed for others."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 @dataclass(frozen=True)
@@ -77,20 +77,20 @@ class Candidate:
         folder = Path(folder)
         config = _read_config(folder)
         _check_weights(folder)
-        experts = config.get("num_local_experts") or config.get("num_experts")
-        return cls(folder, name or folder.name, kind or ("moe" if experts else "dense"), config)
+        found = "moe" if _count_experts(config) else "dense"
+        return cls(folder, name or folder.name, kind or found, config)
 
     @cached_property
     def hash(self) -> str:
         """SHA-256 over configuration, weights and tokenizer: what determines every score."""
-        digest = hashlib.sha256()
+        from shoal.trainer.export import TOKENIZER_FILES
+
+        total = hashlib.sha256()
         names = {"config.json", "vocab.json", "merges.txt", *TOKENIZER_FILES}
         files = [f for f in self.folder.iterdir() if f.name in names or f.suffix == ".safetensors"]
         for file in sorted(files):
-            with file.open("rb") as stream:
-                content = hashlib.file_digest(stream, "sha256").hexdigest()
-            digest.update(f"{file.name}\0{content}\n".encode())
-        return digest.hexdigest()
+            total.update(f"{file.name}\0{digest(file)}\n".encode())
+        return total.hexdigest()
 
     @cached_property
     def context(self) -> int:
@@ -205,13 +205,10 @@ class Candidate:
 
         from shoal.trainer.export import open_pretrained
 
-        options = {"experts_implementation": experts} if experts and self._expert_count else {}
+        has_choice = experts and _count_experts(self.config)
+        options = {"experts_implementation": experts} if has_choice else {}
         model = open_pretrained(self.folder, dtype, **options)
         return model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
-
-    @property
-    def _expert_count(self) -> int:
-        return int(self.config.get("num_local_experts") or self.config.get("num_experts") or 0)
 
     def shape_facts(self, context: int) -> ShapeFacts:
         """Count parameters, FLOPs per token at `context`, and cache size on the built model.
@@ -246,7 +243,7 @@ class Candidate:
 
     def _idle_parameters(self, model: PreTrainedModel) -> int:
         """Parameters of the experts a token is not sent to."""
-        count = self._expert_count
+        count = _count_experts(self.config)
         if not count:
             return 0
         chosen = int(self.config["num_experts_per_tok"])
@@ -256,6 +253,10 @@ class Candidate:
             if ".experts." in name and (parameter.dim() == 2 or parameter.shape[0] == count)
         )
         return held * (count - chosen) // count
+
+
+def _count_experts(config: dict[str, Any]) -> int:
+    return int(config.get("num_local_experts") or config.get("num_experts") or 0)
 
 
 def _looked_up(model: PreTrainedModel) -> int:

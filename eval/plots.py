@@ -213,8 +213,9 @@ def _draw_training(report: Report, figure: Figure) -> bool:
     return drawn
 
 
-def _smooth(values: Sequence[float], share: float = 0.1) -> list[float]:
-    """Running mean that forgets by `share` a point, started unbiased."""
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Running mean that forgets a tenth a point, started unbiased."""
+    share = 0.1
     smoothed, mean, weight = [], 0.0, 0.0
     for value in values:
         mean = (1 - share) * mean + share * value

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from shoal.configs.errors import ConfigError
-from shoal.eval.compare import check_report
 from shoal.eval.plots import AXES, arm_looks, draw_all
 from shoal.eval.words import (
     AXIS_WORDS,
@@ -22,7 +20,7 @@ from shoal.eval.words import (
     format_si,
     format_signed,
 )
-from shoal.trainer.storage import open_aside
+from shoal.trainer.storage import open_aside, write_durable
 
 REPORT = "report.json"
 FILES = (REPORT, "report.md", "report.html")
@@ -45,10 +43,13 @@ def check_folder(folder: Path) -> None:
 def write_report(report: Mapping[str, Any], folder: Path) -> Path:
     """Write the three files into `folder`, all or none; an older report there is replaced.
 
+    Args:
+        report: As `compare` returns it, or as read back and checked.
+        folder: Where the report is to be.
+
     Raises:
-        ConfigError: the report does not fit its schema, or `folder` holds something else.
+        ConfigError: `folder` holds something else.
     """
-    check_report(report)
     check_folder(folder)
     texts = {
         REPORT: json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
@@ -60,10 +61,7 @@ def write_report(report: Mapping[str, Any], folder: Path) -> Path:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     for name, text in texts.items():
-        with (aside / name).open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
+        write_durable(aside / name, text)
     if folder.exists():
         # Files are replaced one by one, report.json last: a kill between them leaves the old
         # contract beside newer pages, and the next report makes all three agree again.

@@ -51,9 +51,9 @@ def format_gap(value: float, metric: str) -> str:
     return format_signed(abs(value), metric).removeprefix("+")
 
 
-def format_share(value: float, digits: int = 1) -> str:
+def format_share(value: float) -> str:
     """Return a signed share in percent."""
-    return f"{100 * value:+.{digits}f}%"
+    return f"{100 * value:+.1f}%"
 
 
 def format_seconds(value: float) -> str:

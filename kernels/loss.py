@@ -80,27 +80,6 @@ def chunked_loss(
     return sums
 
 
-@torch.no_grad()
-def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int) -> Tensor:
-    """Return the negative log-likelihood of every target, nats; 0 where it is `IGNORE`.
-
-    Args:
-        hidden: (tokens, width).
-        weight: (vocab, width).
-        targets: (tokens,) int64.
-        chunk_tokens: Tokens whose logits exist at one time.
-
-    Returns:
-        (tokens,) fp32, without gradient.
-    """
-    losses = hidden.new_zeros(targets.shape, dtype=torch.float32)
-    for start in range(0, targets.shape[0], chunk_tokens):
-        part = slice(start, start + chunk_tokens)
-        logits = F.linear(hidden[part], weight).float()
-        losses[part] = F.cross_entropy(logits, targets[part], ignore_index=IGNORE, reduction="none")
-    return losses
-
-
 def reference_loss(
     hidden: Tensor,
     weight: Tensor,

@@ -268,11 +268,9 @@ def verify(
 
     [dim]shoal shards verify data/samples/train[/dim]
     """
-    from shoal.data_pipeline.shards import read_manifest
     from shoal.data_pipeline.shards import verify as verify_shards
 
-    verify_shards(folder)
-    print(f"{folder}: {len(read_manifest(folder).shards)} shards, all as written")
+    print(f"{folder}: {len(verify_shards(folder).shards)} shards, all as written")
 
 
 @shards_app.command(name="show")

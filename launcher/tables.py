@@ -100,8 +100,9 @@ def runs_table(folder: Path) -> Table:
 
 def _run_row(run: Path) -> list[str]:
     from shoal.launcher.runs import read_run
+    from shoal.trainer.metrics import read_metrics
 
-    config, records = read_run(run), _records(run)
+    config, records = read_run(run), read_metrics(run / "metrics.jsonl")
     losses = [r for r in records if r["kind"] == "train"]
     scores = [r for r in records if r["kind"] == "validation"]
     written = datetime.fromtimestamp(run.stat().st_mtime)
@@ -113,13 +114,6 @@ def _run_row(run: Path) -> list[str]:
         _newest(run) or "none",
         f"{written:%Y-%m-%d %H:%M}",
     ]
-
-
-def _records(run: Path) -> list[dict[str, Any]]:
-    from shoal.trainer.metrics import read_metrics
-
-    file = run / "metrics.jsonl"
-    return list(read_metrics(file)) if file.is_file() else []
 
 
 def _newest(run: Path) -> str | None:
@@ -155,9 +149,8 @@ def _describe_run(run: Path) -> Table:
     from shoal.launcher.runs import read_run
     from shoal.trainer.ledger import read_ledger
 
-    config, ledger = read_run(run), run / "ledger.jsonl"
+    config, entries = read_run(run), read_ledger(run / "ledger.jsonl")
     step, of, loss, score, newest, written = _run_row(run)
-    entries = read_ledger(ledger) if ledger.is_file() else []
     return facts_table(
         f"run {run}",
         {

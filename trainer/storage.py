@@ -26,6 +26,12 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def write_durable(file: Path, text: str) -> None:
+    """Write a text and force it to disk; for a file that is renamed into place after it."""
+    file.write_text(text, encoding="utf-8")
+    sync(file)
+
+
 def open_aside(target: Path, *, alone: bool = False) -> Path:
     """Return the path to write `target` under until it is whole, in the same folder.
 

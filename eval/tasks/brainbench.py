@@ -63,7 +63,5 @@ class BrainBenchTask:
         original, altered = perplexities[::2], perplexities[1::2]
         return accuracy_scores(
             [a < b for a, b in zip(original, altered, strict=True)],
-            perplexity_original=original,
-            perplexity_altered=altered,
             confidence=[abs(a - b) for a, b in zip(original, altered, strict=True)],
         )

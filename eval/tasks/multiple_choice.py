@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 from shoal.configs.errors import DataError
@@ -47,21 +48,22 @@ class MultipleChoiceTask:
     def texts(self) -> list[str]:
         """Return every question with its right answer."""
         answers = zip(self._questions, self._choices, self._answers, strict=True)
-        return [_continue(question, choices[right])[2] for question, choices, right in answers]
+        return [_continue(question, choices[right]) for question, choices, right in answers]
 
     def requests(self, candidate: Candidate) -> list[Request]:
         """One request a choice; the question's own tokens are what its choices share."""
-        pairs = [
+        texts = [
             _continue(question, choice)
             for question, choices in zip(self._questions, self._choices, strict=True)
             for choice in choices
         ]
-        questions = candidate.encode([pair[0] for pair in pairs])
-        wholes = candidate.encode([pair[2] for pair in pairs])
+        wholes = iter(candidate.encode(texts))
+        questions = candidate.encode([question.rstrip(" ") for question in self._questions])
         start = candidate.start_id
         return [
             Request([start, *whole[: len(question)]], whole[len(question) :])
-            for question, whole in zip(questions, wholes, strict=True)
+            for question, choices in zip(questions, self._choices, strict=True)
+            for whole in islice(wholes, len(choices))
         ]
 
     def scores(self, requests: Sequence[Request], nats: Sequence[float]) -> ItemScores:
@@ -76,17 +78,15 @@ class MultipleChoiceTask:
             raw.append(_is_best(costs, answer))
             lowest, second = sorted(rates)[:2]
             margins.append(second - lowest)
-        scores = accuracy_scores(correct, correct_raw=raw, confidence=margins)
+        scores = accuracy_scores(correct, confidence=margins)
         scores.extra["accuracy_raw"] = sum(raw) / len(raw)
         scores.extra["chance"] = sum(1 / len(c) for c in self._choices) / len(self._choices)
         return scores
 
 
-def _continue(question: str, choice: str) -> tuple[str, str, str]:
-    """Return question, continuation and both, with blanks between them moved to the choice."""
-    stripped = question.rstrip(" ")
-    continuation = " " + choice.lstrip(" ")
-    return stripped, continuation, stripped + continuation
+def _continue(question: str, choice: str) -> str:
+    """Return a question and a choice with one space between them, which is the choice's."""
+    return question.rstrip(" ") + " " + choice.lstrip(" ")
 
 
 def _choices(record: dict[str, Any], place: str) -> list[str]:

@@ -1,5 +1,6 @@
 """Scores equal a plain transformers loop, whatever the batching, windowing and model class."""
 
+import json
 import math
 
 import numpy as np
@@ -178,6 +179,21 @@ def test_multiple_choice_scores_per_byte(make_export, task_files):
     assert scores.numerator == expected
     assert scores.extra["accuracy_raw"] == pytest.approx(np.mean(raw))
     assert scores.extra["chance"] == pytest.approx(1 / 3)
+
+
+def test_choices_of_unlike_numbers_stay_with_their_question(make_export, tmp_path):
+    file = tmp_path / "questions.jsonl"
+    asked = {"the cell ": ["a", "b", "c"], "mice were": ["yes", "  no"]}
+    file.write_text("".join(
+        json.dumps({"question": q, "choices": c, "answer": 0}) + "\n" for q, c in asked.items()
+    ))  # fmt: skip
+    candidate = Candidate.open(make_export("llama"))
+    shown = [
+        [candidate.tokenizer.decode(ids) for ids in (r.prefix_ids[1:], r.target_ids)]
+        for r in MultipleChoiceTask("quiz", str(file)).requests(candidate)
+    ]
+    assert shown == [["the cell", f" {c}"] for c in "abc"] + [["mice were", f" {c}"]
+                                                             for c in ("yes", "no")]  # fmt: skip
 
 
 def test_unigram_is_add_one():

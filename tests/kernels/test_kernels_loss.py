@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from shoal.kernels.loss import IGNORE, chunked_loss, reference_loss, token_losses
+from shoal.kernels.loss import IGNORE, chunked_loss, reference_loss
 
 TOKENS, WIDTH, VOCAB = 37, 16, 53
 
@@ -93,14 +93,6 @@ def test_only_what_needs_a_gradient_gets_one():
     assert hidden.grad is not None and weight.grad is None
     with torch.no_grad():
         assert not chunked_loss(hidden, weight, targets, 8).total.requires_grad
-
-
-def test_token_losses_sum_to_the_loss():
-    hidden, weight, targets, _ = make_inputs()
-    losses = token_losses(hidden, weight, targets, 8)
-    assert losses.dtype == torch.float32 and not losses.requires_grad
-    assert not losses[targets == IGNORE].any()
-    torch.testing.assert_close(losses.sum(), chunked_loss(hidden, weight, targets, 8).total)
 
 
 def test_teachers_that_do_not_fit_are_refused():
