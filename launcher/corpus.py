@@ -51,9 +51,11 @@ def _is_under_way(config: RunConfig) -> bool:
 
     Its checkpoints know those by their hash, so the text they were made from may be gone.
     """
+    from shoal.trainer.checkpoint import list_checkpoints
+
     folders = [Path(stream.path) for stream in config.data.train]
     folders += [Path(config.data.validation)] if config.data.validation else []
-    started = any(run_folder(config).glob("checkpoints/step-[0-9]*"))
+    started = bool(list_checkpoints(run_folder(config) / "checkpoints"))
     return started and all((folder / "manifest.json").is_file() for folder in folders)
 
 
