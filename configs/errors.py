@@ -82,6 +82,10 @@ def explain_machine_error(error: BaseException) -> PreflightError | None:
     return PreflightError(cause, where=where, fix=MACHINE_ERRORS[number])
 
 
+class NonFiniteLossError(ShoalError):
+    """The loss is not a number; the rows of the step are named."""
+
+
 class StoppedOnRequest(ShoalError):
     """A signal asked the run to stop; a checkpoint is saved, start it again to go on."""
 

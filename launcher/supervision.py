@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from shoal.configs.errors import (
     ConfigError,
     DataError,
+    NonFiniteLossError,
     PreflightError,
     RetriesExhausted,
     ShoalError,
@@ -29,7 +30,9 @@ from shoal.launcher.runs import run_folder
 from shoal.launcher.screen import newest_checkpoint, newest_checkpoint_note, show_error
 from shoal.trainer.storage import write_text
 
-FINAL = (ConfigError, DataError, PreflightError, StoppedOnRequest, Interrupted)
+FINAL = (
+    ConfigError, DataError, PreflightError, NonFiniteLossError, StoppedOnRequest, Interrupted
+)  # fmt: skip
 """Ends that another attempt would only repeat, or that were asked for."""
 
 

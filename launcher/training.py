@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoal.configs.errors import ConfigError, DataError, PreflightError
+from shoal.configs.errors import ConfigError, DataError, NonFiniteLossError, PreflightError
 from shoal.configs.load import dump_config
 from shoal.configs.schema import RunConfig
 from shoal.launcher.corpus import Corpus, open_corpus, wait_for_corpus
@@ -55,7 +55,6 @@ def train(configs: Sequence[RunConfig], world: World) -> None:
 
 def _train_one(config: RunConfig, world: World, device: torch.device) -> None:
     from shoal.trainer.engine import Engine
-    from shoal.trainer.loop import NonFiniteLossError
     from shoal.trainer.loop import train as run_loop
 
     folder = run_folder(config)

@@ -13,7 +13,13 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from shoal.configs.errors import ConfigError, DataError, ShoalError, StoppedOnRequest
+from shoal.configs.errors import (
+    ConfigError,
+    DataError,
+    NonFiniteLossError,
+    ShoalError,
+    StoppedOnRequest,
+)
 from shoal.configs.load import build_config
 from shoal.configs.schema import RunConfig
 from shoal.data_pipeline.batch import Batch
@@ -22,10 +28,6 @@ from shoal.trainer.engine import Engine
 from shoal.trainer.ledger import LedgerEntry, append_entry, now
 from shoal.trainer.metrics import Metrics
 from shoal.trainer.optim import learning_rate
-
-
-class NonFiniteLossError(ShoalError):
-    """The loss is not a number; the rows of the step are named."""
 
 
 class BatchSource(Protocol):

@@ -18,6 +18,7 @@ import pytest
 from shoal.configs.errors import (
     ConfigError,
     DataError,
+    NonFiniteLossError,
     PreflightError,
     RetriesExhausted,
     ShoalError,
@@ -287,7 +288,9 @@ def test_every_attempt_may_fail_otherwise(job: Job) -> None:
         job.run("n1.invalid", "n2.invalid")
 
 
-@pytest.mark.parametrize("kind", [ConfigError, DataError, PreflightError, StoppedOnRequest])
+@pytest.mark.parametrize(
+    "kind", [ConfigError, DataError, PreflightError, NonFiniteLossError, StoppedOnRequest]
+)
 def test_what_no_attempt_would_change_ends_the_job(kind: type[ShoalError], job: Job) -> None:
     job.ends = [(kind("so"), {})]
     with pytest.raises(kind, match="so"):

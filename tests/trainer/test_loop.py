@@ -11,13 +11,12 @@ import torch.nn.functional as F
 from engine_ranks import CONTEXT, ROWS
 from rank_groups import free_port, rank_environment
 
-from shoal.configs.errors import ConfigError, DataError, StoppedOnRequest
+from shoal.configs.errors import ConfigError, DataError, NonFiniteLossError, StoppedOnRequest
 from shoal.kernels.backend import Kernels
 from shoal.trainer import checkpoint
 from shoal.trainer.engine import start_process_group, stop_process_group
 from shoal.trainer.ledger import read_ledger
 from shoal.trainer.loop import (
-    NonFiniteLossError,
     Validation,
     check_same_inputs,
     check_same_run,
