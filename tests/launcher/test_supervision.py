@@ -196,6 +196,9 @@ def test_a_guard_lives_until_it_is_gone() -> None:
     guard = subprocess.Popen(fanout.guard_command("1"), stdin=subprocess.PIPE)
     try:
         assert not is_guard(other.pid)
+        deadline = time.monotonic() + 60
+        while not is_guard(guard.pid) and time.monotonic() < deadline:  # forked, and not yet itself
+            time.sleep(0.05)
         assert is_guard(guard.pid)
     finally:
         for process in (other, guard):
