@@ -83,13 +83,17 @@ def explain_machine_error(error: BaseException) -> PreflightError | None:
 
 
 class NonFiniteLossError(ShoalError):
-    """The loss is not a number; the rows of the step are named."""
+    """No step can be taken any more: losses or gradients are no numbers, or far off their past."""
 
 
 class StoppedOnRequest(ShoalError):
     """A signal asked the run to stop; a checkpoint is saved, start it again to go on."""
 
     exit_code = 5
+
+
+class HangError(ShoalError):
+    """A rank made no progress for longer than any work takes."""
 
 
 class RetriesExhausted(ShoalError):

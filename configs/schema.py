@@ -215,6 +215,15 @@ class TrainConfig(Section):
     zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
     activation_checkpointing: bool = False
     compile: bool = Field(False, description="torch.compile every block")
+    spike_limit: float = Field(
+        0,
+        ge=0,
+        description="leave out steps whose loss or gradient norm lies so many robust standard "
+        "deviations above the last 128; 0: only what is no number",
+    )
+    max_skipped_steps: int = Field(
+        5, ge=0, description="left out in a row before the run goes back to its newest checkpoint"
+    )
 
     @model_validator(mode="after")
     def _stage_fits(self) -> TrainConfig:
@@ -247,7 +256,14 @@ class WorldConfig(Section):
         "auto", description="auto: one a GPU, or 2 CPU ranks where there is none"
     )
     threads: Literal["auto"] | Count = Field("auto", description="CPU threads of one rank")
-    timeout_seconds: Count = Field(600, description="longest wait in one collective")
+    timeout_seconds: Count = Field(
+        600, description="without progress for so long, a rank counts as hanging"
+    )
+    launcher: Literal["ssh", "pdsh", "slurm", "none"] = Field(
+        "ssh",
+        description="what starts the ranks of other hosts; none: the commands are shown, to be "
+        "typed there",
+    )
     max_restarts: int = Field(3, ge=0, description="new attempts after ranks or hosts were lost")
     min_hosts: Count = Field(1, description="with fewer hosts of the hostfile left, give up")
     save_seconds: Count = Field(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import signal
 import socket
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
-from shoal.configs.errors import ShoalError, StoppedOnRequest
+from shoal.configs.errors import HangError, ShoalError, StoppedOnRequest
 from shoal.launcher.outcomes import Outcome
 
 
@@ -31,12 +32,13 @@ class Ending:
 def raise_failure(ending: Ending, lost: ShoalError | None = None) -> None:
     """Raise what the job ended with; nothing if every rank finished its work.
 
-    A deliberate error comes before the loss of a machine (`lost`), that before a rank that was
-    killed, and that before errors with a traceback: those of ranks that lost their peer.
+    A deliberate error comes before the loss of a machine (`lost`), that before a rank that hangs or
+    was killed, and that before errors with a traceback: those of ranks that lost their peer.
     """
     outcomes, exit_codes = ending.outcomes, ending.exit_codes
     failures = sorted(  # the earliest counts, as far as the machines' clocks agree
-        (o for o in outcomes.values() if o.is_failure), key=lambda o: (bool(o.trace), o.ended)
+        (o for o in outcomes.values() if o.is_failure),
+        key=lambda o: (bool(o.trace), o.kind == HangError.__name__, o.ended),
     )
     silent = [rank for rank in ending.ranks if rank not in outcomes]
     stops = [o for o in outcomes.values() if o.kind == StoppedOnRequest.__name__]
@@ -44,10 +46,12 @@ def raise_failure(ending: Ending, lost: ShoalError | None = None) -> None:
         raise stops[0].to_error()
     if ending.signal and (silent or failures or lost):
         raise interrupted(ending.signal)
-    if failures and not failures[0].trace:
+    if failures and not failures[0].trace and failures[0].kind != HangError.__name__:
         raise failures[0].to_error()
     if lost:
         raise lost
+    if hung := [o for o in failures if o.kind == HangError.__name__]:
+        raise _explain_hang(hung, silent, ending)
     silent = [rank for rank in silent if rank not in ending.ended_by_us] or silent
     for rank in silent:
         code = exit_codes.get(rank, 0)
@@ -70,6 +74,22 @@ def interrupted(number: int) -> Interrupted:
     )
     error.exit_code = 128 + number
     return error
+
+
+def _explain_hang(hung: Sequence[Outcome], silent: Sequence[int], ending: Ending) -> ShoalError:
+    """Return the error for ranks that wait for one that is stuck, and name that one."""
+    least = min(hung, key=lambda outcome: outcome.progress)
+    if silent:  # those ended by themselves; this one could not even do that
+        where = ending.hosts.get(silent[0], socket.gethostname())
+        error = HangError(
+            f"rank {silent[0]} stands still (stopped, or stuck in a call): {least.cause}",
+            fix=least.fix,
+        )
+        error.add_note(f"failed first: rank {silent[0]} on {where}")
+        return error
+    if all(outcome.progress == least.progress for outcome in hung):
+        least = replace(least, cause=f"every rank: {least.cause}")
+    return least.to_error()
 
 
 def _explain_silence(rank: int, code: int | None, ending: Ending) -> ShoalError:

@@ -47,8 +47,8 @@ def export_run(
         GateError: what was written does not agree with the model.
     """
     from shoal.trainer.checkpoint import TensorReader
+    from shoal.trainer.identity import check_same_inputs
     from shoal.trainer.ledger import LedgerEntry, append_entry, now
-    from shoal.trainer.loop import check_same_inputs
     from shoal.trainer.model import Transformer
 
     if out.exists():

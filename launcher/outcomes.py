@@ -14,12 +14,13 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from shoal.configs import errors
 from shoal.configs.errors import (
     ConfigError,
+    HangError,
     ShoalError,
     StoppedOnRequest,
     explain_machine_error,
@@ -44,6 +45,8 @@ class Outcome:
     where: str | None = None
     fix: str | None = None
     trace: str | None = None
+    progress: int = 0
+    """Of a rank that hung: how often it had got further."""
 
     @property
     def is_failure(self) -> bool:
@@ -103,8 +106,19 @@ def report_outcome(work: Callable[[], None]) -> int:
         outcome = Outcome("done", rank, socket.gethostname(), time.time())
     except (Exception, KeyboardInterrupt) as error:
         outcome = describe(error, rank)
-    write_text(folder / f"rank-{rank}.json", json.dumps(asdict(outcome)))
+    _write_outcome(folder, outcome)
     return outcome.exit_code
+
+
+def report_hang(error: HangError, progress: int) -> None:
+    """Leave word that this rank hangs, and how far it was."""
+    rank = int(os.environ["RANK"])
+    outcome = replace(describe(error, rank), progress=progress)
+    _write_outcome(Path(os.environ[FOLDER_VARIABLE]), outcome)
+
+
+def _write_outcome(folder: Path, outcome: Outcome) -> None:
+    write_text(folder / f"rank-{outcome.rank}.json", json.dumps(asdict(outcome)))
 
 
 def read_pids(folder: Path) -> dict[int, int]:

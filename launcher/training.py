@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from shoal.trainer.objective import Objective, Teacher
 
 LOCK_SECONDS = 10
+TIMEOUT_MARGIN = 60
 
 
 def train(configs: Sequence[RunConfig], world: World) -> None:
@@ -45,10 +46,12 @@ def train(configs: Sequence[RunConfig], world: World) -> None:
     for config in configs:
         wait_for_corpus(config, world)
     device = world.device
-    start_process_group(device, configs[0].world.timeout_seconds)
+    # Later than the watchdog, which says more.
+    start_process_group(device, configs[0].world.timeout_seconds + TIMEOUT_MARGIN)
     try:
-        for config in configs:
-            _train_one(config, world, device)
+        with world.watchdog:
+            for config in configs:
+                _train_one(config, world, device)
     finally:
         stop_process_group()
 
@@ -84,6 +87,7 @@ def _train_one(config: RunConfig, world: World, device: torch.device) -> None:
             validation=_validation(config, corpus, world),
             stop_requested=lambda: world.stop.requested,
             position=position,
+            progress=world.watchdog.touch,
         )
     except NonFiniteLossError as error:
         if config.ledger.kind != "tune":
@@ -111,12 +115,8 @@ def _teacher_identity(config: RunConfig) -> dict[str, Any]:
     return {"teacher": {file.name: digest(file) for file in weights}}
 
 
-def _check_disk(folder: Path, config: RunConfig) -> None:
-    """Refuse a run whose checkpoints cannot fit where they go.
-
-    Raises:
-        PreflightError: names what is needed and what is free.
-    """
+def needed_bytes(folder: Path, config: RunConfig) -> int:
+    """Return what the checkpoints of a run will take beyond what they take now."""
     from shoal.trainer.checkpoint import BYTES_PER_PARAMETER, list_checkpoints
     from shoal.trainer.cost import count_parameters
 
@@ -125,10 +125,19 @@ def _check_disk(folder: Path, config: RunConfig) -> None:
     left = config.steps - (int(done[-1].name.removeprefix("step-")) if done else 0)
     saves = -(-left // config.checkpoint.every_steps)
     if saves <= 0:
-        return
+        return 0
     # The newest lies beside those kept until it is whole.
     most = min(config.checkpoint.keep + 1, len(done) + saves)
-    needed = BYTES_PER_PARAMETER * count_parameters(config.model).total * most - written
+    return max(0, BYTES_PER_PARAMETER * count_parameters(config.model).total * most - written)
+
+
+def _check_disk(folder: Path, config: RunConfig) -> None:
+    """Refuse a run whose checkpoints cannot fit where they go.
+
+    Raises:
+        PreflightError: names what is needed and what is free.
+    """
+    needed = needed_bytes(folder, config)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise PreflightError(
@@ -141,7 +150,7 @@ def _check_disk(folder: Path, config: RunConfig) -> None:
 def _check_resume(folder: Path, config: RunConfig, position: dict[str, Any]) -> None:
     """Refuse to go on with another config or other inputs before anything is built or written."""
     from shoal.trainer.checkpoint import list_checkpoints, read_manifest
-    from shoal.trainer.loop import check_same_inputs, check_same_run
+    from shoal.trainer.identity import check_same_inputs, check_same_run
 
     for checkpoint in reversed(list_checkpoints(folder / "checkpoints")):
         try:

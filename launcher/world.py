@@ -15,6 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
 from shoal.configs.errors import ConfigError, PreflightError
+from shoal.launcher.watchdog import Watchdog
 
 if TYPE_CHECKING:
     import torch
@@ -25,9 +26,10 @@ if TYPE_CHECKING:
 # removes these before it starts ranks of its own, or they would join the wrong job.
 RANK_VARIABLES = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK",
-    "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE",
-    "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT",
-    "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_ERROR_FILE",
+    "GROUP_WORLD_SIZE", "NODE_RANK", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE", "CROSS_RANK",
+    "CROSS_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_USE_AGENT_STORE",
+    "TORCHELASTIC_ERROR_FILE",
 )  # fmt: skip
 CPU_RANKS = 2
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -89,9 +91,10 @@ class World:
     device: torch.device
     device_name: str
     stop: StopRequest = field(default_factory=StopRequest)
+    watchdog: Watchdog = field(default_factory=Watchdog)
 
     @classmethod
-    def detect(cls, stop: StopRequest | None = None) -> World:
+    def detect(cls, stop: StopRequest | None = None, watchdog: Watchdog | None = None) -> World:
         """Read RANK and its companions once; without them this is the only rank.
 
         Libraries that look for LOCAL_WORLD_SIZE (mosaicml-streaming) find it afterwards.
@@ -119,12 +122,14 @@ class World:
             device=device,
             device_name=name,
             stop=stop or StopRequest(),
+            watchdog=watchdog or Watchdog(),
         )
 
     def setup(self, config: WorldConfig) -> None:
         """Give this rank its share of the cores and its device; call before training."""
         import torch
 
+        self.watchdog.limit = config.timeout_seconds
         torch.set_num_threads(resolve_threads(config.threads, self.local_ranks))
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -133,7 +138,7 @@ class World:
 
 
 def under_foreign_launcher(environment: Mapping[str, str] = os.environ) -> bool:
-    """Return whether DeepSpeed's launcher, torchrun or the like started this process."""
+    """Return whether DeepSpeed's launcher, torchrun, srun or the like started this process."""
     return "RANK" in environment and "WORLD_SIZE" in environment
 
 

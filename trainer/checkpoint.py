@@ -219,8 +219,12 @@ def newest_checkpoint(root: Path, warn: Any = None) -> tuple[Path, Manifest] | N
     return None
 
 
-def load_checkpoint(engine: Engine, folder: Path, manifest: Manifest) -> None:
+def load_checkpoint(
+    engine: Engine, folder: Path, manifest: Manifest, updates: int | None = None
+) -> None:
     """Put a verified checkpoint into the engine; collective, any ranks and stage.
+
+    `updates` says how many of its steps changed the weights; None: all.
 
     Raises:
         DataError: of another model; nothing was written.
@@ -237,7 +241,7 @@ def load_checkpoint(engine: Engine, folder: Path, manifest: Manifest) -> None:
     for name in engine.parameter_names:
         for state in STATES:
             engine.write_state(name, state, reader.read(name, state))
-    engine.finish_writing(manifest.step)
+    engine.finish_writing(manifest.step if updates is None else updates)
 
 
 class TensorReader:

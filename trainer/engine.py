@@ -7,7 +7,7 @@ how they reach the forward weights. `tests/trainer/test_checkpoint.py` is what h
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,8 @@ class StepResult:
     sums: LossSums
     tokens: int
     grad_norm: float
+    taken: bool = True
+    """Whether the weights were updated."""
 
 
 def resolve_zero_stage(config: TrainConfig, num_ranks: int) -> int:
@@ -38,6 +40,16 @@ def resolve_zero_stage(config: TrainConfig, num_ranks: int) -> int:
     if config.zero_stage != "auto":
         return int(config.zero_stage)
     return 0 if num_ranks == 1 and config.precision == "fp32" else 1
+
+
+class _JudgedAdamW(torch.optim.AdamW):
+    """AdamW that updates nothing where `accepts` says so; ZeRO goes through its motions as ever."""
+
+    accepts: Callable[[], bool] = staticmethod(lambda: True)
+
+    def step(self, closure: Any = None) -> Any:
+        """Take a step of one group or of all, if the step as a whole is accepted."""
+        return super().step(closure) if self.accepts() else None
 
 
 class Engine:
@@ -62,6 +74,7 @@ class Engine:
         self.stage = resolve_zero_stage(train, self.num_ranks)
         self.clip_norm = optim.clip_norm
         self._shapes = {n: tuple(p.shape) for n, p in objective.model.named_parameters()}
+        self._norm = torch.zeros(())
         self._engine = _initialize(
             objective, optim, _deepspeed_config(objective, optim, train, self.stage, accumulation)
         )
@@ -82,11 +95,25 @@ class Engine:
         """The module in training, wrapped or not."""
         return self._engine.module
 
-    def train_step(self, batches: Sequence[Batch], lr: float, tokens: int) -> StepResult:
+    def train_step(
+        self,
+        batches: Sequence[Batch],
+        lr: float,
+        tokens: int,
+        accepts: Callable[[float, float], bool] = lambda loss, norm: True,
+    ) -> StepResult:
         """Take one optimiser step over this rank's micro-batches.
 
         The gradient is that of (sum of losses over all ranks) / `tokens`: DeepSpeed averages over
-        ranks, so each sum is scaled by ranks / tokens. `tokens` is the global count of targets.
+        ranks, so each sum is scaled by ranks / tokens.
+
+        Args:
+            batches: This rank's share.
+            lr: Learning rate.
+            tokens: Global count of targets.
+            accepts: Asked with loss and gradient norm, which are the same on all ranks, before any
+                weight changes; must answer alike everywhere. Not asked where DeepSpeed itself
+                leaves a step out: at a norm that is no number.
         """
         self._engine.train()
         for group in self._engine.optimizer.param_groups:
@@ -98,23 +125,30 @@ class Engine:
             objective, parts = self._engine(batch.inputs, batch.targets, batch.segments)
             self._engine.backward(objective * (self.num_ranks / tokens), scale_wrt_gas=False)
             sums = parts if sums is None else sums + parts
-        grad_norm = self._step()
         assert sums is not None
         dist.all_reduce(sums)
-        return StepResult(LossSums.from_vector(sums), tokens, grad_norm)
+        totals = LossSums.from_vector(sums)
+        answers: list[bool] = []
 
-    def _step(self) -> float:
-        """Clip, update, clear; return the norm before clipping."""
+        def judge() -> bool:
+            if not answers:  # ZeRO takes a step group by group
+                answers.append(accepts(totals.cross_entropy / tokens, self._grad_norm()))
+            return answers[0]
+
+        self._basic_optimizer.accepts = judge
         if self.stage == 0:
             limit = self.clip_norm or float("inf")
-            norm = nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit)
-            self._engine.step()
-            return float(norm)
+            self._norm = nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit)
         self._engine.step()
-        return float(self._engine.get_global_grad_norm() or 0.0)
+        return StepResult(totals, tokens, self._grad_norm(), taken=any(answers))
+
+    def _grad_norm(self) -> float:
+        """Norm of the gradient before clipping, known once a step has begun."""
+        norm = self._norm if self.stage == 0 else self._engine.optimizer._global_grad_norm
+        return float(norm or 0.0)
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
+    def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
         """Return the summed cross-entropy (nats) and the count of targets, over all ranks.
 
         Every rank must bring the same number of batches: under ZeRO-3 a forward pass is collective.
@@ -186,8 +220,9 @@ class Engine:
         self._engine.destroy()
 
     @property
-    def _basic_optimizer(self) -> torch.optim.Optimizer:
-        return self._engine.basic_optimizer
+    def _basic_optimizer(self) -> _JudgedAdamW:
+        optimizer: _JudgedAdamW = self._engine.basic_optimizer
+        return optimizer
 
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:
         by_name = dict(self._engine.module.model.named_parameters())
@@ -276,7 +311,7 @@ def _import_deepspeed() -> Any:
 
 def _initialize(objective: Objective, optim: OptimConfig, config: dict[str, Any]) -> Any:
     deepspeed = _import_deepspeed()
-    optimizer = torch.optim.AdamW(
+    optimizer = _JudgedAdamW(
         group_parameters(objective, optim),
         lr=optim.lr,
         betas=optim.betas,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,18 +13,13 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from shoal.configs.errors import (
-    ConfigError,
-    DataError,
-    NonFiniteLossError,
-    ShoalError,
-    StoppedOnRequest,
-)
-from shoal.configs.load import build_config
+from shoal.configs.errors import NonFiniteLossError, ShoalError, StoppedOnRequest
 from shoal.configs.schema import RunConfig
 from shoal.data_pipeline.batch import Batch
 from shoal.trainer import checkpoint
+from shoal.trainer.anomaly import AnomalyDetector
 from shoal.trainer.engine import Engine
+from shoal.trainer.identity import check_same_inputs, check_same_run
 from shoal.trainer.ledger import LedgerEntry, append_entry, now
 from shoal.trainer.metrics import Metrics
 from shoal.trainer.optim import learning_rate
@@ -69,21 +64,23 @@ def train(
     validation: Validation | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
     position: dict[str, Any] | None = None,
+    progress: Callable[[str], None] = lambda doing: None,
 ) -> float | None:
     """Train from the newest whole checkpoint to the last step; return the last validation loss.
 
     None where there was nothing left to do, or nothing to validate on.
 
     `position` identifies the inputs (hashes and weights of the shards, hash of the teacher, as JSON
-    values); it is stored with every checkpoint, and a checkpoint of others is refused.
+    values); it is stored with every checkpoint, and a checkpoint of others is refused. `progress`
+    is told what comes next, so that a rank that gets no further can be told from one that works.
 
     Raises:
         StoppedOnRequest: a stop was asked for; a checkpoint of the last finished step is saved.
-        NonFiniteLossError: the loss is NaN or infinite; no checkpoint of that step is written.
+        NonFiniteLossError: step after step had to be left out, also from the newest checkpoint on.
         DataError: a shard or checkpoint is broken, named.
     """
     return _Training(
-        engine, source, config, facts, validation, stop_requested, position or {}
+        engine, source, config, facts, validation, stop_requested, position or {}, progress
     ).run()
 
 
@@ -99,11 +96,17 @@ class _Training:
         validation: Validation | None,
         stop_requested: Callable[[], bool],
         position: dict[str, Any],
+        progress: Callable[[str], None],
     ) -> None:
         self.engine, self.source, self.config, self.facts = engine, source, config, facts
         self.validation, self.stop_requested, self.position = validation, stop_requested, position
+        self.progress = progress
         self.checkpoints = facts.folder / "checkpoints"
-        self.step = self._restore()
+        self.step = self.skipped = self.passed_over = 0
+        """Steps done; those of them left out; batches passed over by going back."""
+        self.detector = AnomalyDetector(config.train.spike_limit)
+        self._restore()
+        self.skipped_in_a_row, self.went_back = 0, False
         self.saved_step = self.booked_step = self.step
         self.booked_at, self.started = time.monotonic(), now()
         self.metrics = Metrics(
@@ -127,14 +130,16 @@ class _Training:
                     last or self.step % self.config.validation.every_steps == 0
                 ):
                     loss = self._validate(self.validation)
-                if last or self.step % self.config.checkpoint.every_steps == 0:
+                due = last or self.step % self.config.checkpoint.every_steps == 0
+                if due and self._is_sound(loss if last else None):
                     self._save()
         finally:
             self.metrics.close()
         return loss
 
-    def _restore(self) -> int:
-        """Load the newest checkpoint every rank agrees on; return its step."""
+    def _restore(self) -> bool:
+        """Load the newest checkpoint every rank agrees on; False where there is none."""
+        self.progress("loading the newest checkpoint")
         choice: list[Any] = [None]
         if self.facts.rank == 0:
             try:
@@ -145,24 +150,35 @@ class _Training:
         if isinstance(choice[0], ShoalError):
             raise choice[0]
         if choice[0] is None:
-            return 0
+            return False
         folder, manifest = choice[0]
         check_same_run(manifest.run, self.config, where=folder)
         check_same_inputs(manifest.position, self.position, where=folder)
-        checkpoint.load_checkpoint(self.engine, folder, manifest)
-        return int(manifest.step)
+        # As a checkpoint from before steps could be left out has it.
+        self.step, self.skipped = manifest.step, manifest.position.get("skipped", 0)
+        self.passed_over = manifest.position.get("passed_over", 0)
+        self.detector = AnomalyDetector(
+            self.config.train.spike_limit, manifest.position.get("history", ())
+        )
+        checkpoint.load_checkpoint(self.engine, folder, manifest, updates=self.step - self.skipped)
+        return True
 
     def _take_step(self) -> None:
-        begun = time.perf_counter()
-        batches = self.source.microbatches(self.step)
+        begun, number = time.perf_counter(), self.step + 1
+        self.progress(f"reading the rows of step {number}")
+        batches = self.source.microbatches(self.step + self.passed_over)
+        self.progress(f"waiting for the others before step {number}")
         tokens = self._agree(sum(batch.real_tokens for batch in batches))
         self._seed_dropout(batches)
+        self.progress(f"taking step {number}")
         lr = learning_rate(self.config.optim, self.step, self.config.steps)
-        result = self.engine.train_step(batches, lr, tokens)
+        result = self.engine.train_step(batches, lr, tokens, self.detector.accepts)
         loss = result.sums.cross_entropy / tokens
-        if not math.isfinite(loss + result.grad_norm):
-            self._refuse_non_finite(loss, result.grad_norm, batches)
         self.step += 1
+        if not result.taken:
+            self._skip(loss, result.grad_norm, batches)
+            return
+        self.skipped_in_a_row = 0
         seconds = time.perf_counter() - begun
         values: dict[str, Any] = {
             "tokens": self.step * self.config.step_tokens,
@@ -192,11 +208,32 @@ class _Training:
             self._stop()
         return int(shared[0])
 
+    def _is_sound(self, loss: float | None) -> bool:
+        """Whether the weights may be saved: not while steps cannot be taken with them.
+
+        After the last step there is no next one to tell a bad batch from bad weights; the loss on
+        the validation rows does.
+
+        Raises:
+            NonFiniteLossError: it is no number.
+        """
+        if not self.skipped_in_a_row:
+            return True
+        if self.step < self.config.steps:
+            return False
+        if loss is not None and not math.isfinite(loss):
+            raise NonFiniteLossError(
+                f"the last step could not be taken, and the validation loss is {loss}",
+                where=self.facts.folder,
+                fix=f"the newest checkpoint is step {self.saved_step}",
+            )
+        return True
+
     def _stop(self) -> None:
-        if self.step > self.saved_step:
+        if self.step > self.saved_step and not self.skipped_in_a_row:
             self._save()
         raise StoppedOnRequest(
-            f"stopped on request after step {self.step} of {self.config.steps}; it is saved",
+            f"stopped on request after step {self.saved_step} of {self.config.steps}; it is saved",
             where=self.checkpoints,
             fix="run the same command again to continue",
         )
@@ -209,7 +246,7 @@ class _Training:
 
     def _validate(self, validation: Validation) -> float:
         begun = time.perf_counter()
-        nats, tokens = self.engine.evaluate(validation.batches)
+        nats, tokens = self.engine.evaluate(self._watched(validation.batches))
         loss = nats / tokens
         self.metrics.write(
             "validation",
@@ -221,22 +258,34 @@ class _Training:
         )
         return loss
 
+    def _watched(self, batches: Sequence[Batch]) -> Iterator[Batch]:
+        for number, batch in enumerate(batches, 1):
+            self.progress(f"validating after step {self.step}, batch {number} of {len(batches)}")
+            yield batch
+
     def _save(self) -> None:
+        self.progress(f"saving step {self.step}")
         checkpoint.save_checkpoint(
             self.engine,
             self.checkpoints,
             step=self.step,
-            position={**self.position, "step": self.step},
+            position={
+                **self.position,
+                "step": self.step,
+                "skipped": self.skipped,
+                "passed_over": self.passed_over,
+                "history": self.detector.history,
+            },
             run=self.config.model_dump(mode="json"),
         )
         self.saved_step = self.step
         if self.facts.rank == 0:
             checkpoint.remove_old(self.checkpoints, self.config.checkpoint.keep, self.step)
-        self._book(self.step)
+        self._book()
 
-    def _book(self, step: int) -> None:
-        """Append what was done since the last entry, up to and with `step`, to the ledger."""
-        steps, self.booked_step = step - self.booked_step, step
+    def _book(self) -> None:
+        """Append what was done since the last entry to the ledger."""
+        steps, self.booked_step = self.step - self.booked_step, self.step
         seconds, self.booked_at = time.monotonic() - self.booked_at, time.monotonic()
         started, self.started = self.started, now()
         if self.facts.rank or not steps:
@@ -254,65 +303,56 @@ class _Training:
                 device=self.facts.device,
                 tokens=tokens,
                 flops=tokens * self.facts.training_flops_per_token,
-                note=f"steps {step - steps} to {step}",
+                note=f"steps {self.step - steps} to {self.step}",
             ),
         )
 
-    def _refuse_non_finite(self, loss: float, norm: float, batches: Sequence[Batch]) -> None:
-        self._book(self.step + 1)  # that step was worked too, and a search pays for its failures
-        rows = [int(row) for batch in batches for row in batch.row_ids if row >= 0]
+    def _skip(self, loss: float, norm: float, batches: Sequence[Batch]) -> None:
+        """Record a step that was left out on all ranks; after too many in a row go back, once.
+
+        Raises:
+            NonFiniteLossError: that has been tried, or there is nothing to go back to.
+        """
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        found: list[Any] = [None] * self.facts.ranks
+        dist.all_gather_object(found, [row for batch in batches for row in batch.row_ids.tolist()])
+        rows = sorted({row for of_rank in found for row in of_rank if row >= 0})
+        self.metrics.write("skipped", self.step, loss=str(loss), grad_norm=str(norm), rows=rows)
+        what = f"step {self.step} left out: loss {loss:.4g}, gradient norm {norm:.4g}"
+        self.metrics.say(f"{self.config.name}: {what}; rows {_shorten(rows)}")
+        if self.skipped_in_a_row <= self.config.train.max_skipped_steps:
+            return
+        if not (self.went_back or self.config.ledger.kind == "tune") and self.saved_step:
+            self._go_back()
+            return
+        self._book()
         raise NonFiniteLossError(
-            f"loss {loss}, gradient norm {norm} at step {self.step + 1}; rows of rank "
-            f"{self.facts.rank}: {rows[:16]}{' ...' if len(rows) > 16 else ''}",
+            f"{self.skipped_in_a_row} steps in a row cannot be taken; step {self.step} has loss "
+            f"{loss}, gradient norm {norm}, rows {_shorten(rows)}",
             where=self.facts.folder,
             fix="lower optim.lr, lengthen optim.warmup_share or set optim.clip_norm; the newest "
             f"checkpoint is step {self.saved_step}",
         )
 
+    def _go_back(self) -> None:
+        """Go on from the newest checkpoint with the batches after those that led here."""
+        self._book()
+        worked = self.step + self.passed_over
+        self._restore()
+        self.passed_over = worked - self.step
+        self.skipped_in_a_row, self.went_back = 0, True
+        self.saved_step = self.booked_step = self.step
+        self.metrics.go_back(self.step)
+        self.metrics.say(
+            f"{self.config.name}: back at step {self.step}, past {self.passed_over} batches"
+        )
+
+
+def _shorten(rows: Sequence[int]) -> str:
+    return f"{rows[:16]}".removesuffix("]") + (", ...]" if len(rows) > 16 else "]")
+
 
 def dropout_seed(seed: int, step: int, row: int) -> int:
     """Return the seed of a rank's dropout in one step: of the run, the step and its first row."""
     return int.from_bytes(hashlib.sha256(f"{seed} {step} {row}".encode()).digest()[:7], "big")
-
-
-def check_same_run(stored: dict[str, Any], config: RunConfig, where: Path) -> None:
-    """Refuse to continue a run whose config would give another result.
-
-    Raises:
-        ConfigError: naming the keys that differ.
-    """
-    # Read as a config of today: keys that are new since then have their defaults in both.
-    theirs = build_config(RunConfig, stored, where=where).determinants()
-    ours = config.determinants()
-    differing = [k for k in sorted(theirs.keys() | ours.keys()) if theirs.get(k) != ours.get(k)]
-    if stored.get("name") != config.name:
-        differing.append("name")
-    if differing:
-        raise ConfigError(
-            f"this run was started with another {', '.join(differing)}",
-            where=where,
-            fix="give the changed run another name=, or restore the old values",
-        )
-
-
-def check_same_inputs(stored: Mapping[str, Any], position: Mapping[str, Any], where: Path) -> None:
-    """Refuse a checkpoint of other shards, or of another teacher, than those at hand.
-
-    Args:
-        stored: `position` of the checkpoint.
-        position: Hashes and weights of the shards, hash of the teacher, as now opened.
-        where: The checkpoint.
-
-    Raises:
-        DataError: they are not the same.
-    """
-    for key, now_there in position.items():
-        if key == "teacher" and key not in stored:
-            continue  # saved before teachers were remembered
-        if stored.get(key) != now_there:
-            what = "by another teacher" if key == "teacher" else "on other rows"
-            raise DataError(
-                f"was trained {what}: {stored.get(key)}, now {now_there}",
-                where=where,
-                fix="point data.train and teacher.path at what the run was started with",
-            )

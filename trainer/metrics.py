@@ -63,11 +63,19 @@ class Metrics:
         self._progress.start()
 
     def _drop_after(self, step: int) -> None:
-        """Forget records of steps that a resumed run is about to do again."""
-        kept = [record for record in read_metrics(self.path) if record["step"] <= step]
+        """Forget records of steps that are about to be done again, but not of those left out."""
+        kept = [r for r in read_metrics(self.path) if r["step"] <= step or r["kind"] == "skipped"]
         aside = self.path.with_suffix(".partial")
         aside.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         aside.replace(self.path)
+
+    def go_back(self, step: int) -> None:
+        """Go on after an earlier step."""
+        if self.active:
+            self._file.close()
+            self._drop_after(step)
+            self._file = self.path.open("a", encoding="utf-8")
+            self._progress.update(self._task, completed=step)
 
     def write(self, kind: str, step: int, **values: float | int | str | list) -> None:
         """Append one record and show it."""

@@ -5,11 +5,18 @@ from __future__ import annotations
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from shoal.configs.errors import DataError, PreflightError, ShoalError, StoppedOnRequest
+from shoal.configs.errors import (
+    DataError,
+    HangError,
+    PreflightError,
+    ShoalError,
+    StoppedOnRequest,
+)
 from shoal.launcher.endings import Ending, Interrupted, raise_failure
 from shoal.launcher.outcomes import Outcome
 from shoal.launcher.processes import launch_ranks
@@ -18,6 +25,8 @@ WORKER = """
 import os, signal, sys, time
 from shoal.configs.errors import DataError, PreflightError
 from shoal.launcher.outcomes import die_with_parent, report_outcome
+from shoal.launcher.outcomes import report_hang
+from shoal.launcher.watchdog import Watchdog
 die_with_parent()
 rank = int(os.environ["RANK"])
 
@@ -29,6 +38,16 @@ def work():
         with open(os.path.join(sys.argv[2], str(rank)), "w") as file:
             file.write(line)
         return
+    if mode in ("hang", "frozen"):
+        watchdog = Watchdog(report_hang)
+        watchdog.limit = 1.0
+        with watchdog:
+            watchdog.touch("reading rows")
+            if rank == 1 and mode == "frozen":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if rank == 0:
+                watchdog.touch("waiting for the others")
+            time.sleep(60)
     if rank == 1:
         if mode == "data":
             raise DataError("broken", where="here", fix="mend")
@@ -85,6 +104,8 @@ def test_ranks_get_their_place_and_not_that_of_another_job(
         ("segfault", ShoalError, "rank 1 was killed by SIGSEGV"),
         ("silent", ShoalError, "rank 1 ended without a word (exit code 7)"),
         ("both", DataError, "first"),
+        ("hang", HangError, "no progress for 1 s while reading rows"),
+        ("frozen", HangError, "rank 1 stands still"),
     ],
 )
 def test_first_failure_is_raised_and_the_others_end_soon(
@@ -150,6 +171,18 @@ def test_rank_that_the_agent_ended_is_not_the_cause() -> None:
 def test_rank_that_the_agent_ended_is_not_the_cause_of_a_silent_end() -> None:
     error = decide([], {0: -15, 1: 7})
     assert "rank 1 ended without a word (exit code 7)" in str(error)
+
+
+def test_ranks_that_wait_alike_are_all_named() -> None:
+    hung = [replace(outcome(rank, "HangError"), progress=7) for rank in (0, 1)]
+    error = decide(hung, {0: 1, 1: 1})
+    assert type(error) is HangError
+    assert str(error).startswith("every rank: ")
+
+
+def test_a_deliberate_error_explains_who_waited() -> None:
+    error = decide([outcome(0, "HangError", 1), outcome(1, "DataError", 9)], {})
+    assert type(error) is DataError
 
 
 def test_stop_is_a_stop() -> None:

@@ -8,7 +8,7 @@ training does. The tests import the same functions for what they compare with.
 import hashlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -105,8 +105,8 @@ def build_engine(case: dict[str, Any], ranks: int) -> Engine:
     )
     objective = build(case["kind"], seed=case.get("seed", 0))
     objective.model.activation_checkpointing = case.get("activation_checkpointing", False)
-    if case.get("broken_gradient"):  # the loss stays finite, its gradient does not
-        objective.model.final_norm.register_forward_hook(_break_gradient)
+    if "broken" in case:
+        objective.model.final_norm.register_forward_hook(_gradient_breaker(**case["broken"]))
     optim = OPTIM.model_copy(update=case.get("optim", {}))
     return Engine(
         objective,
@@ -117,10 +117,15 @@ def build_engine(case: dict[str, Any], ranks: int) -> Engine:
     )
 
 
-def _break_gradient(module: Any, inputs: Any, output: Tensor) -> Tensor:
-    if output.requires_grad:
-        output.register_hook(lambda gradient: gradient * float("nan"))
-    return output
+def _gradient_breaker(steps: list[int], rank: int = 0) -> Callable[..., Tensor]:
+    """Return a hook: in some steps of a loop one rank's loss is finite and its gradient is not."""
+
+    def break_gradient(module: Any, inputs: Any, output: Tensor) -> Tensor:
+        if output.requires_grad and Source.step in steps and dist.get_rank() == rank:
+            output.register_hook(lambda gradient: gradient * float("nan"))
+        return output
+
+    return break_gradient
 
 
 def train_plain(case: dict[str, Any]) -> dict[str, list[float]]:
@@ -149,7 +154,8 @@ def train_plain(case: dict[str, Any]) -> dict[str, list[float]]:
             master.grad, worker.grad = worker.grad.float(), None
         limit = optim.clip_norm or float("inf")
         norms.append(float(torch.nn.utils.clip_grad_norm_(masters.parameters(), limit)))
-        optimizer.step()
+        if step not in case.get("left_out", ()):
+            optimizer.step()
         with torch.no_grad():
             for master, worker in zip(masters.parameters(), objective.parameters(), strict=True):
                 worker.copy_(master)
@@ -162,6 +168,7 @@ def take_steps(engine: Engine, case: dict, start: int, stop: int) -> tuple[list,
     losses, norms = [], []
     optim = OPTIM.model_copy(update=case.get("optim", {}))
     for step in range(start, stop):
+        Source.step = step
         lr = learning_rate(optim, step, case.get("schedule_steps", case["steps"]))
         batches = microbatches(step, dist.get_rank(), engine.num_ranks, case.get("micro", 1))
         result = engine.train_step([b.to(engine.device) for b in batches], lr, count_tokens(step))
@@ -234,11 +241,15 @@ def run_refused(case: dict[str, Any]) -> dict[str, Any]:
 class Source:
     """A loader over the synthetic rows that remembers what it was asked for."""
 
+    step = -1
+    """The last that was asked for."""
+
     def __init__(self, rank: int, ranks: int) -> None:
         self.rank, self.ranks = rank, ranks
         self.rows: dict[int, list[int]] = {}
 
     def microbatches(self, step: int) -> list[Batch]:
+        Source.step = step
         batches = microbatches(step, self.rank, self.ranks)
         self.rows[step] = [int(row) for batch in batches for row in batch.row_ids]
         return batches
@@ -260,6 +271,7 @@ def run_config(case: dict[str, Any]) -> RunConfig:
                 "micro_batch_rows": 1,
                 "precision": case.get("precision", "fp32"),
                 "zero_stage": case["stage"],
+                "max_skipped_steps": 3,
             },
             "checkpoint": {"every_steps": case.get("every_steps", 100), "keep": 2},
             "validation": {"every_steps": case.get("validate_every", 100)},

@@ -118,7 +118,7 @@ def test_a_broken_gradient_is_reported_at_every_stage_and_precision(ranks):
     cases = {
         f"{precision} {stage}": {
             "kind": "dense", "stage": stage, "steps": 1, "precision": precision,
-            "broken_gradient": True,
+            "broken": {"steps": [0]},
         }
         for precision in ("fp32", "bf16")
         for stage in STAGES

@@ -1,0 +1,64 @@
+"""The watchdog of a rank: ends it, with its stacks and a word, when it makes no progress.
+
+A collective that waits for a rank that hangs has no end of its own (gloo) or a silent one; here
+every rank of a stalled job ends by itself and says how far it was. The one that hangs is the one
+that was least far, or that says nothing at all (`endings.raise_failure`).
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from shoal.configs.errors import HangError
+
+EXIT_CODE = 1
+
+
+class Watchdog:
+    """Watches from `with` to its end; every `touch` is progress."""
+
+    def __init__(self, report: Callable[[HangError, int], None] | None = None) -> None:
+        """Tell `report` of a hang: the error, and how often this rank made progress."""
+        self.limit = float("inf")
+        """Seconds without progress that are too long."""
+        self._report = report
+        self._count, self._doing, self._touched = 0, "starting", time.monotonic()
+        self._over = threading.Event()
+
+    def touch(self, doing: str) -> None:
+        """Note progress, and what comes now."""
+        self._count, self._doing, self._touched = self._count + 1, doing, time.monotonic()
+
+    def __enter__(self) -> Watchdog:
+        self.touch(self._doing)
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self._over.set()
+
+    def _watch(self) -> None:
+        while not self._over.wait(min(1.0, self.limit / 10)):
+            if time.monotonic() - self._touched > self.limit:
+                self._bark()
+
+    def _bark(self) -> None:
+        """End this rank; nothing in it can be waited for any more."""
+        faulthandler.dump_traceback(sys.stderr)
+        error = HangError(
+            f"no progress for {self.limit:.0f} s while {self._doing}",
+            fix="the stacks above say where its ranks stood; if that was work and no fault, raise "
+            "world.timeout_seconds",
+        )
+        if self._report:
+            self._report(error, self._count)
+        sys.stderr.flush()
+        os._exit(EXIT_CODE)

@@ -1,0 +1,54 @@
+"""Whether a run may go on from a checkpoint: the same run, on the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shoal.configs.errors import ConfigError, DataError
+from shoal.configs.load import build_config
+from shoal.configs.schema import RunConfig
+
+
+def check_same_run(stored: dict[str, Any], config: RunConfig, where: Path) -> None:
+    """Refuse to continue a run whose config would give another result.
+
+    Raises:
+        ConfigError: naming the keys that differ.
+    """
+    # Read as a config of today: keys that are new since then have their defaults in both.
+    theirs = build_config(RunConfig, stored, where=where).determinants()
+    ours = config.determinants()
+    differing = [k for k in sorted(theirs.keys() | ours.keys()) if theirs.get(k) != ours.get(k)]
+    if stored.get("name") != config.name:
+        differing.append("name")
+    if differing:
+        raise ConfigError(
+            f"this run was started with another {', '.join(differing)}",
+            where=where,
+            fix="give the changed run another name=, or restore the old values",
+        )
+
+
+def check_same_inputs(stored: Mapping[str, Any], position: Mapping[str, Any], where: Path) -> None:
+    """Refuse a checkpoint of other shards, or of another teacher, than those at hand.
+
+    Args:
+        stored: `position` of the checkpoint.
+        position: Hashes and weights of the shards, hash of the teacher, as now opened.
+        where: The checkpoint.
+
+    Raises:
+        DataError: they are not the same.
+    """
+    for key, now_there in position.items():
+        if key == "teacher" and key not in stored:
+            continue  # saved before teachers were remembered
+        if stored.get(key) != now_there:
+            what = "by another teacher" if key == "teacher" else "on other rows"
+            raise DataError(
+                f"was trained {what}: {stored.get(key)}, now {now_there}",
+                where=where,
+                fix="point data.train and teacher.path at what the run was started with",
+            )
