@@ -87,6 +87,40 @@ def train(
 
 
 @app.command(rich_help_panel="Do")
+def check(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG] [key=value]...",
+            help="Of the run that is planned. Without a config: default.yaml.",
+            show_default=False,
+        ),
+    ] = None,
+    hostfile: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Lines `NAME slots=RANKS`.")
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Read every byte of the shards.")] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe/--no-probe", help="Start the ranks for a short all-reduce.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Findings as JSON lines.")] = False,
+) -> None:
+    """Look at every host of a job before it is started: one line a host and check.
+
+    Software, devices, clocks, shared folder, disk, shards, network, and an all-reduce over all
+    ranks. Exits with 4 if anything is bad; each bad line says what to do.
+
+    [dim]shoal check --hostfile hosts[/dim]
+    [dim]shoal check pretrain_dense.yaml --hostfile hosts --full[/dim]
+    """
+    from shoal.launcher.check import check_order
+    from shoal.launcher.run import make_order
+
+    order = make_order(words or (), hostfile=hostfile)
+    raise typer.Exit(check_order(order, full=full, probe=probe, as_json=as_json))
+
+
+@app.command(rich_help_panel="Do")
 def study(config: Config, overrides: Overrides = None) -> None:
     """Train all arms of a study alike, compare them at its budgets, write the report.
 

@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from shoal.configs.errors import ConfigError, PreflightError
-from shoal.launcher.fanout import SSH, START_SECONDS, remote_command
-from shoal.launcher.guard import describe_installation
+from shoal.launcher.commands import Way, ask_command
+from shoal.launcher.fanout import START_SECONDS
 from shoal.launcher.hosts import Host, is_local
+from shoal.launcher.inspection import describe_installation
 
 
-def find_reachable(hosts: Sequence[Host], least: int, run: Path) -> list[Host]:
-    """Return the machines that answer.
+def find_reachable(hosts: Sequence[Host], way: Way, least: int, run: Path) -> list[Host]:
+    """Return the machines that answer; all of them where nothing but a guard can be asked.
 
     Raises:
         PreflightError: fewer than the job is to have.
     """
-    problems = greet(hosts, run)
+    problems = greet(hosts, way, run)
     found = [host for host in hosts if host.name not in problems]
     if len(found) < least:
         raise PreflightError(
@@ -35,7 +36,7 @@ def find_reachable(hosts: Sequence[Host], least: int, run: Path) -> list[Host]:
     return found
 
 
-def check_all_answer(hosts: Sequence[Host], least: int, run: Path) -> None:
+def check_all_answer(hosts: Sequence[Host], way: Way, least: int, run: Path) -> None:
     """Refuse to begin on fewer machines than were asked for, or on ones that differ.
 
     Raises:
@@ -47,7 +48,7 @@ def check_all_answer(hosts: Sequence[Host], least: int, run: Path) -> None:
             f"{least} hosts are to be left at least, and {len(hosts)} are named",
             where="world.min_hosts",
         )
-    problems = greet(hosts, run)
+    problems = greet(hosts, way, run)
     if problems:
         name = next(iter(problems))
         others = f" ({len(problems) - 1} more: {', '.join([*problems][1:])})"
@@ -59,38 +60,45 @@ def check_all_answer(hosts: Sequence[Host], least: int, run: Path) -> None:
         )
 
 
-def greet(hosts: Sequence[Host], run: Path) -> dict[str, str]:
+def greet(hosts: Sequence[Host], way: Way, run: Path) -> dict[str, str]:
     """Ask the other machines who they are; return what is wrong, by name.
 
     `run` gets a file for a moment, which a machine that shares the folder sees.
     """
     others = [host for host in hosts if not is_local(host.name)]
-    if not others:
+    if not others or way == "none":
         return {}
     run.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.NamedTemporaryFile(prefix=".greeting-", dir=run) as token,
         ThreadPoolExecutor(len(others)) as pool,
     ):
-        answers = pool.map(lambda host: _greet(host, Path(token.name)), others)
+        answers = pool.map(lambda host: _greet(host, way, Path(token.name)), others)
         return {h.name: problem for h, problem in zip(others, answers, strict=True) if problem}
 
 
-def is_guard_gone(name: str, pid: int) -> bool:
+def is_guard_gone(name: str, way: Way, pid: int) -> bool:
     """Return whether a machine answers, and the guard that had this process id there is gone."""
     try:
-        return pid not in _ask(name, "--greet", "/", str(pid))["guards"]
-    except _NoAnswerError:
+        return pid not in ask_host(name, way, "--greet", "/", str(pid))["guards"]
+    except NoAnswerError:
         return False
 
 
-class _NoAnswerError(Exception):
+class NoAnswerError(Exception):
     """A machine gave no answer; the text says what came instead."""
 
 
-def _ask(name: str, *words: str) -> dict[str, Any]:
-    """Return what a machine says of itself."""
-    command = [*SSH, "--", name, remote_command(Path.cwd(), *words)]
+def ask_host(name: str, way: Way, *words: str) -> dict[str, Any]:
+    """Return what a machine says of itself.
+
+    Raises:
+        NoAnswerError: it says nothing, or not what was asked for.
+        PreflightError: what reaches it is not installed here.
+    """
+    command = ask_command(way, name, *words)
+    if command is None:
+        raise NoAnswerError("there is no way to ask it")
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True,
@@ -98,20 +106,20 @@ def _ask(name: str, *words: str) -> dict[str, Any]:
             start_new_session=True,  # Ctrl-C is for us: an ssh that it ends is no lost machine
         )  # fmt: skip
     except FileNotFoundError:
-        raise PreflightError("there is no ssh here", fix="install an ssh client") from None
+        raise PreflightError(f"there is no {command[0]} here", fix="install it") from None
     except subprocess.TimeoutExpired:
-        raise _NoAnswerError(f"did not answer within {START_SECONDS:.0f} s") from None
+        raise NoAnswerError(f"did not answer within {START_SECONDS:.0f} s") from None
     try:
         return dict(json.loads(done.stdout.splitlines()[-1]))
     except (ValueError, IndexError):
         words_of_ssh = done.stderr.strip().splitlines()[-1:] or ["no answer"]
-        raise _NoAnswerError(f"{words_of_ssh[0]} (exit code {done.returncode})") from None
+        raise NoAnswerError(f"{words_of_ssh[0]} (exit code {done.returncode})") from None
 
 
-def _greet(host: Host, token: Path) -> str | None:
+def _greet(host: Host, way: Way, token: Path) -> str | None:
     try:
-        theirs = _ask(host.name, "--greet", str(token.absolute()))
-    except _NoAnswerError as error:
+        theirs = ask_host(host.name, way, "--greet", str(token.absolute()))
+    except NoAnswerError as error:
         return str(error)
     if not theirs["sees"]:
         return f"does not share the run folder {token.parent}: no checkpoint would be whole"

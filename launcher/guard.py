@@ -1,9 +1,9 @@
 """The guard of one machine: starts its ranks, and ends them when its launcher is gone or says so.
 
-Runs as `python -m shoal.launcher.guard`, by ssh or beside the launcher, and speaks JSON lines: on
-standard input first a `Task`, then words (`port N`, `beat`, `stop`, `kill`); on the control
-descriptor that it has started, the port it offers (first machine only), then how it ended.
-Whatever the ranks print goes to standard error, so that ssh keeps the two apart.
+Runs as `python -m shoal.launcher.guard`, by ssh or beside the launcher, or calls it (`calls`), and
+speaks JSON lines: on standard input first a `Task`, then words (`port N`, `beat`, `stop`, `kill`);
+on the control descriptor that it has started, the port it offers (first machine only), then how it
+ended. Whatever the ranks print goes to standard error, so that ssh keeps the two apart.
 """
 
 from __future__ import annotations
@@ -11,20 +11,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import signal
 import socket
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 from shoal.configs.errors import PreflightError
+from shoal.launcher.calls import Call
 from shoal.launcher.endings import Ending
+from shoal.launcher.inspection import Request, describe_installation, inspect
 from shoal.launcher.outcomes import Outcome, describe
 from shoal.launcher.processes import ALONE, INTERFACE_VARIABLES, Advice, Place, run_ranks
 
@@ -59,7 +61,7 @@ class Task:
 class Orders:
     """What the launcher last said, and what its silence means."""
 
-    def __init__(self, lines: TextIO, save_seconds: float) -> None:
+    def __init__(self, lines: Iterable[str], save_seconds: float) -> None:
         self._lines, self._save_seconds = lines, save_seconds
         self._port: int | None = None
         self._heard = time.monotonic()
@@ -141,15 +143,15 @@ def find_interface(address: str) -> str:
     raise PreflightError(f"no interface has the address {own}", where=socket.gethostname())
 
 
-def serve(orders: TextIO, control: int) -> None:
-    """Do the task on `orders` and say on the descriptor `control` how it ended."""
-    task = Task(**json.loads(orders.readline()))
+def serve(orders: Iterator[str], tell: Callable[[bytes], object]) -> None:
+    """Do the task that `orders` begins with, and `tell` how it ended."""
+    task = Task(**json.loads(next(orders)))
     os.environ.update(task.environment)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of names it need not know
 
     def say(**message: Any) -> None:
         with contextlib.suppress(OSError):  # the launcher is gone
-            os.write(control, json.dumps(message).encode() + b"\n")
+            tell(json.dumps(message).encode() + b"\n")
 
     heard = Orders(orders, task.save_seconds)
     ranks = set(task.global_ranks)
@@ -222,28 +224,31 @@ def is_guard(pid: int) -> bool:
     return False
 
 
-def describe_installation() -> dict[str, str]:
-    """Return the versions that must be the same on all machines of a job."""
-    names = ("shoal", "torch", "deepspeed", "numpy", "mosaicml-streaming")
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
-
-
 def main() -> None:
     """Serve one launcher; the control descriptor is the argument, or standard output.
 
-    With `--greet FILE [PID]` only say who is here, whether FILE is seen, and whether an earlier
-    guard still runs under that number.
+    With `--call ENDPOINT KEY NAME` call it instead of being called. With `--greet FILE [PID]` only
+    say who is here, whether FILE is seen, and whether an earlier guard still runs under that
+    number; with `--inspect REQUEST` say more.
     """
     if sys.argv[1:2] == ["--greet"]:
         pids = [int(word) for word in sys.argv[3:]]
         facts = {"sees": Path(sys.argv[2]).exists(), "guards": [p for p in pids if is_guard(p)]}
         print(json.dumps(describe_installation() | facts))
         return
-    control = int(sys.argv[1]) if len(sys.argv) > 1 else os.dup(1)
-    if len(sys.argv) == 1:
-        os.dup2(2, 1)  # what the ranks print is no message
+    if sys.argv[1:2] == ["--inspect"]:
+        print(json.dumps(inspect(Request(**json.loads(sys.argv[2])))))
+        return
     try:
-        serve(sys.stdin, control)
+        if sys.argv[1:2] == ["--call"]:
+            endpoint, key, name = sys.argv[2:]
+            call = Call(endpoint, Path(key), name)
+            serve(iter(call), call.send)
+        else:
+            control = int(sys.argv[1]) if len(sys.argv) > 1 else os.dup(1)
+            if len(sys.argv) == 1:
+                os.dup2(2, 1)  # what the ranks print is no message
+            serve(iter(sys.stdin), partial(os.write, control))
     except Exception:
         traceback.print_exc()
     finally:

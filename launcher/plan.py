@@ -99,7 +99,7 @@ def _place_ranks(config: RunConfig, hosts: Sequence[Host]) -> dict[str, str]:
 
 def _list_commands(config: RunConfig, hosts: Sequence[Host], argv: Sequence[str]) -> dict[str, str]:
     """Return what a user can type for this plan, and what starts the ranks."""
-    from shoal.launcher.fanout import SSH, guard_command, remote_command
+    from shoal.launcher.commands import call_commands, guard_command, ssh_command
     from shoal.launcher.hosts import is_local
     from shoal.launcher.processes import WORKER
 
@@ -110,14 +110,20 @@ def _list_commands(config: RunConfig, hosts: Sequence[Host], argv: Sequence[str]
             "command": shlex.join(command_of(config, ranks, argv)),
             "starts": shlex.join([*torchrun, *WORKER, *argv]),
         }
-    return {
+    lines = {
         f"starts {index}": shlex.join(
-            guard_command()
-            if is_local(host.name)
-            else [*SSH, "--", host.name, remote_command(Path.cwd())]
+            guard_command() if is_local(host.name) else ssh_command(host.name)
         )
         for index, host in enumerate(hosts)
+        if is_local(host.name) or config.world.launcher == "ssh"
     }
+    if config.world.launcher != "ssh":
+        others = [host.name for host in hosts if not is_local(host.name)]
+        key = run_folder(config) / ".call-key"
+        commands = call_commands(config.world.launcher, others, "LAUNCHER:PORT", key)
+        for number, command in enumerate(commands):
+            lines[f"calls {number}"] = shlex.join(command)
+    return lines
 
 
 def _describe_stream(stream: Stream) -> str:

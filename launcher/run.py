@@ -14,7 +14,7 @@ import re
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -29,9 +29,11 @@ except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}\n  fix: run `make install` once, or `pip install -e .`")
 
 from shoal.configs.load import load_config
-from shoal.configs.schema import RunConfig
+from shoal.configs.schema import RunConfig, WorldConfig
 
 if TYPE_CHECKING:
+    from shoal.launcher.hosts import Host
+    from shoal.launcher.watchdog import Watchdog
     from shoal.launcher.world import StopRequest
 
 DEFAULT_CONFIG = "default.yaml"
@@ -62,6 +64,8 @@ class Order:
     hostfile: str | None = None
     dry_run: bool = False
     worker: bool = False
+    probe: str | None = None
+    """File for what the ranks find out of their connection, instead of training."""
 
     def load(self) -> list[RunConfig]:
         """Load the configs with the overrides applied to each."""
@@ -80,11 +84,13 @@ def parse_order(argv: Sequence[str]) -> Order:
     parser.add_argument("--dry-run", action="store_true", help="show the plan, start nothing")
     parser.add_argument("words", nargs="*", metavar="CONFIG | key=value", help="see examples")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--probe", metavar="FILE", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     given = parser.parse_intermixed_args(argv)
-    return make_order(
+    order = make_order(
         given.words, hostfile=given.hostfile, dry_run=given.dry_run, worker=given.worker
     )
+    return replace(order, probe=given.probe)
 
 
 def make_order(
@@ -116,10 +122,12 @@ def execute(order: Order) -> None:
     Raises:
         ShoalError: named; before anything was started where that is possible.
     """
+    from shoal.launcher.slurm import adopt_step
     from shoal.launcher.world import under_foreign_launcher
 
     if order.worker:
         run_rank(order)
+    adopt_step()
     foreign = under_foreign_launcher()
     first = os.environ.get("RANK", "0") == "0"
     if foreign and order.hostfile is None and not order.dry_run:
@@ -130,22 +138,36 @@ def execute(order: Order) -> None:
         launch(order, watch=_ancestors() if foreign else ())
 
 
+def find_hosts(order: Order, config: RunConfig) -> list[Host]:
+    """Return the machines of a job: of the hostfile, of the Slurm allocation, or this one alone.
+
+    Raises:
+        ConfigError: the hostfile cannot be used, or there is no allocation.
+    """
+    from shoal.launcher.hosts import Host, check_hosts, read_hostfile
+    from shoal.launcher.slurm import allocated_hosts
+    from shoal.launcher.world import foreign_ranks, resolve_ranks, under_foreign_launcher
+
+    if order.hostfile is not None:
+        hosts = read_hostfile(order.hostfile)
+        check_hosts(hosts, where=order.hostfile)
+        return hosts
+    if order.dry_run and under_foreign_launcher():
+        return [Host("localhost", foreign_ranks()[0])]
+    ranks = config.world.ranks
+    if config.world.launcher == "slurm":
+        return allocated_hosts(slots=None if ranks == "auto" else ranks)
+    return [Host("localhost", resolve_ranks(ranks))]
+
+
 def launch(order: Order, watch: Sequence[int] = ()) -> None:
     """Start the ranks and wait for them; with --dry-run only say what would be."""
-    from shoal.launcher.hosts import Host, check_hosts, read_hostfile
     from shoal.launcher.plan import print_plan
     from shoal.launcher.runs import run_folder
     from shoal.launcher.screen import newest_checkpoint_note
-    from shoal.launcher.world import foreign_ranks, resolve_ranks, under_foreign_launcher
 
     config = order.load()[0]
-    if order.hostfile is None:
-        started = order.dry_run and under_foreign_launcher()
-        num_ranks = foreign_ranks()[0] if started else resolve_ranks(config.world.ranks)
-        hosts = [Host("localhost", num_ranks)]
-    else:
-        hosts = read_hostfile(order.hostfile)
-        check_hosts(hosts, where=order.hostfile)
+    hosts = find_hosts(order, config)
     if order.dry_run:
         print_plan(config, hosts, [*order.configs, *order.overrides])
         return
@@ -162,13 +184,14 @@ def launch(order: Order, watch: Sequence[int] = ()) -> None:
 
 def run_rank(order: Order) -> NoReturn:
     """Train as a rank that `launch` started: dies with it, and tells it how this ended."""
-    from shoal.launcher.outcomes import die_with_parent, report_outcome
+    from shoal.launcher.outcomes import die_with_parent, report_hang, report_outcome
+    from shoal.launcher.watchdog import Watchdog
     from shoal.launcher.world import STOP_SIGNALS, StopRequest
 
     die_with_parent()
     stop = StopRequest()
     stop.install(STOP_SIGNALS)
-    _leave(report_outcome(lambda: _train(order, stop)))
+    _leave(report_outcome(lambda: _train(order, stop, Watchdog(report_hang))))
 
 
 def run_foreign_rank(order: Order) -> NoReturn:
@@ -178,7 +201,8 @@ def run_foreign_rank(order: Order) -> NoReturn:
     a hostfile of one other machine on this one, so the ranks look at what it was told.
     """
     from shoal.launcher.hosts import check_deepspeeds_hosts, hosts_of_deepspeed
-    from shoal.launcher.screen import guard
+    from shoal.launcher.screen import guard, show_error
+    from shoal.launcher.watchdog import Watchdog
     from shoal.launcher.world import STOP_SIGNALS, StopRequest, foreign_ranks, resolve_threads
 
     stop = StopRequest()
@@ -193,7 +217,7 @@ def run_foreign_rank(order: Order) -> NoReturn:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         stop.request_when_gone(_ancestors())
         try:
-            _train(order, stop)
+            _train(order, stop, Watchdog(lambda error, _: show_error(error)))
         except ShoalError as error:
             error.add_note(f"rank {os.environ['RANK']} on {socket.gethostname()}")
             raise
@@ -201,11 +225,18 @@ def run_foreign_rank(order: Order) -> NoReturn:
     _leave(guard(work))
 
 
-def _train(order: Order, stop: StopRequest) -> None:
+def _train(order: Order, stop: StopRequest, watchdog: Watchdog) -> None:
     from shoal.launcher.world import World
 
+    if order.probe:
+        from shoal.trainer.probe import measure_all_reduce
+
+        world = World.detect(stop, watchdog)
+        world.setup(WorldConfig())
+        measure_all_reduce(world.device, Path(order.probe))
+        return
     configs = order.load()
-    world = World.detect(stop)
+    world = World.detect(stop, watchdog)
     world.setup(configs[0].world)
     from shoal.launcher.training import train
 

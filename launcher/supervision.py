@@ -70,12 +70,12 @@ class _Job:
         caught: list[int],
     ) -> None:
         self.hosts, self.config, self.world = hosts, config, config.world
-        self.folder = run_folder(config)
+        self.folder, self.way = run_folder(config), config.world.launcher
         self.watched, self.caught = watched, caught
 
     def run(self) -> None:
         attempts = self.world.max_restarts + 1
-        check_all_answer(self.hosts, self.world.min_hosts, self.folder)
+        check_all_answer(self.hosts, self.way, self.world.min_hosts, self.folder)
         self._heed_request()
         seen = set()
         for attempt in range(1, attempts + 1):
@@ -116,7 +116,7 @@ class _Job:
         write_text(file, dump_config(self.config))
         if len(self.hosts) > 1 or not is_local(self.hosts[0].name):
             return run_attempt(
-                self.hosts, [str(file)], self.world, self.folder / "logs", self.caught, self._gone
+                self.hosts, [str(file)], self.world, self.folder, self.caught, self._gone
             )
         try:
             launch_ranks(
@@ -139,11 +139,13 @@ class _Job:
         deadline = time.monotonic() + self._gone_seconds
         while left and time.monotonic() < deadline:
             self._heed_request()
-            left = {n: pid for n, pid in left.items() if not (pid and is_guard_gone(n, pid))}
+            for name, pid in list(left.items()):
+                if pid and is_guard_gone(name, self.way, pid):
+                    del left[name]
             time.sleep(1.0)
         self._heed_request()
         try:
-            self.hosts = find_reachable(self.hosts, self.world.min_hosts, self.folder)
+            self.hosts = find_reachable(self.hosts, self.way, self.world.min_hosts, self.folder)
         finally:
             self._heed_request()
 

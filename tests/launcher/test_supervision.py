@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import AuthenticationError
 from pathlib import Path
 from typing import Any
 
@@ -25,64 +28,26 @@ from shoal.configs.errors import (
     StoppedOnRequest,
 )
 from shoal.configs.schema import DataConfig, RunConfig, Stream, TrainConfig, WorldConfig
-from shoal.launcher import fanout, supervision
+from shoal.launcher import supervision
+from shoal.launcher.calls import Call, Switchboard
+from shoal.launcher.commands import Way, guard_command
 from shoal.launcher.endings import Interrupted
 from shoal.launcher.fanout import AttemptEnd, HostLostError, caught_signals, make_tasks, run_attempt
 from shoal.launcher.greeting import is_guard_gone
 from shoal.launcher.guard import is_guard
 from shoal.launcher.hosts import Host
 
-TRAINING = """
-import os, sys, time, types
-from pathlib import Path
-from shoal.configs.errors import DataError, StoppedOnRequest
-
-def train(configs, world):
-    file = Path(os.environ["RECORDS"], str(world.rank))
-    file.write_text(f"{world.num_ranks} {os.environ['LOCAL_RANK']} {os.getpid()}")
-    mode = os.environ["FAKE"]
-    if mode == "data" and world.rank == 1:
-        raise DataError("shard is corrupt", where="shard.00001.mds")
-    while mode in ("wait", "data"):
-        if world.stop.requested:
-            raise StoppedOnRequest("step 7 of 9 is saved")
-        time.sleep(0.05)
-
-module = types.ModuleType("shoal.launcher.training")
-module.train = train
-sys.modules["shoal.launcher.training"] = module
-"""
-# ssh ... -- NAME COMMAND; a real one would not hand the signals it ignores to the other machine.
-SSH = """#!/bin/sh
-while [ "$1" != -- ]; do shift; done
-exec env --default-signal=TERM,INT,HUP sh -c "$3"
-"""
 HERE, THERE = Host("127.0.0.1", 1), Host("far-away.invalid", 2)
 
 
-@pytest.fixture
-def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with an ssh of its own, where training is a file that each rank writes."""
-    (tmp_path / "sitecustomize.py").write_text(TRAINING)
-    (tmp_path / "ssh").write_text(SSH)
-    (tmp_path / "ssh").chmod(0o755)
-    (tmp_path / "run.yaml").write_text("data: {train: [{path: x}]}\ntrain: {tokens: 1}\n")
-    (tmp_path / "records").mkdir()
-    for name, value in {
-        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(tmp_path),
-        "RECORDS": str(tmp_path / "records"),
-        "FAKE": "",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "NCCL_SOCKET_IFNAME": "lo",
-    }.items():
-        monkeypatch.setenv(name, value)
-    return tmp_path
-
-
-def attempt(stage: Path, caught: list[int], hosts: Sequence[Host] = (HERE, THERE)) -> AttemptEnd:
-    file, logs = str(stage / "run.yaml"), stage / "logs"
-    return run_attempt(hosts, [file], WorldConfig(), logs, caught, lambda: False)
+def attempt(
+    stage: Path,
+    caught: list[int],
+    hosts: Sequence[Host] = (HERE, THERE),
+    way: Way = "ssh",
+) -> AttemptEnd:
+    file, world = str(stage / "run.yaml"), WorldConfig(launcher=way)
+    return run_attempt(hosts, [file], world, stage, caught, lambda: False)
 
 
 def records(stage: Path) -> dict[str, list[int]]:
@@ -110,13 +75,75 @@ def guards() -> Iterator[psutil.Process]:
             yield process
 
 
-def test_each_rank_of_each_host_is_started_once(stage: Path) -> None:
-    end = attempt(stage, [])
+@pytest.mark.parametrize(
+    ("way", "log"), [("ssh", "far-away.invalid"), ("pdsh", "pdsh"), ("slurm", "slurm")]
+)
+def test_each_rank_of_each_host_is_started_once(way: Way, log: str, stage: Path) -> None:
+    hosts = (HERE, THERE, Host("farther.invalid", 1))
+    end = attempt(stage, [], hosts, way)
     assert end.error is None, str(end.error)
     places = {rank: words[:2] for rank, words in records(stage).items()}
-    assert places == {"0": [3, 0], "1": [3, 0], "2": [3, 1]}
-    assert (stage / "logs" / "far-away.invalid.log").read_text().startswith("--- ")
+    assert places == {"0": [4, 0], "1": [4, 0], "2": [4, 1], "3": [4, 0]}
+    assert (stage / "logs" / f"{log}.log").read_text().startswith("--- ")
     assert not list(guards())
+    assert not (stage / ".call-key").exists()
+
+
+def test_a_guard_may_be_started_by_hand(stage: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    shown = ""
+
+    def type_it() -> None:
+        nonlocal shown
+        while "cd " not in shown:
+            time.sleep(0.1)
+            shown += capfd.readouterr().err
+        command = shown[shown.index("cd ") :].splitlines()[0]
+        subprocess.run(["sh", "-c", command], check=True, timeout=60)
+
+    thread = threading.Thread(target=type_it)
+    thread.start()
+    end = attempt(stage, [], way="none")
+    thread.join()
+    assert end.error is None, str(end.error)
+    assert "type on far-away.invalid:" in shown
+    assert set(records(stage)) == {"0", "1", "2"}
+
+
+def test_a_guard_that_cannot_be_started_is_an_error_at_once(stage: Path) -> None:
+    (stage / "pdsh").write_text("#!/bin/sh\necho no such host; exit 1\n")
+    begun = time.monotonic()
+    error = attempt(stage, [], way="pdsh").error
+    assert type(error) is HostLostError
+    assert "its guard did not call: no such host" in str(error)
+    (stage / "pdsh").unlink()
+    with pytest.raises(PreflightError, match="pdsh: is not installed here"):
+        attempt(stage, [], way="pdsh")
+    assert not (stage / ".call-key").exists()
+    assert time.monotonic() - begun < 60
+
+
+def test_only_who_holds_the_key_is_heard(tmp_path: Path) -> None:
+    board = Switchboard(["a"], tmp_path / "key")
+    assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "other").write_text("0" * 64)
+    endpoint, line = f"127.0.0.1:{board.port}", board.lines["a"]
+    try:
+        stranger = socket.create_connection(("127.0.0.1", board.port))  # says nothing, holds on
+        with pytest.raises(AuthenticationError):
+            Call(endpoint, tmp_path / "other", "a")
+        Call(endpoint, tmp_path / "key", "unknown")
+        line.send(b"task\n")  # before the call
+        call = Call(endpoint, tmp_path / "key", "a")
+        assert next(iter(call)) == "task\n"
+        call.send(b"started\n")
+        assert select.select([line.control], [], [], 10)[0]
+        assert os.read(line.control, 100) == b"started\n"
+        line.hang_up()
+        assert list(call) == []
+        stranger.close()
+    finally:
+        board.close()
+    assert not (tmp_path / "key").exists()
 
 
 def test_a_rank_elsewhere_ends_all_with_its_own_error(
@@ -177,7 +204,7 @@ def test_a_guard_that_is_killed_leaves_nothing_to_wait_for(
     assert type(end.error) is HostLostError
     assert end.error.where == (THERE if elsewhere else HERE).name
     assert "its guard ended" in str(end.error) or "ssh ended (exit code -9)" in str(end.error)
-    assert all(is_guard_gone(name, pid) for name, pid in end.cut_off.items() if pid)
+    assert all(is_guard_gone(name, "ssh", pid) for name, pid in end.cut_off.items() if pid)
     assert bool(end.cut_off) is elsewhere, "gone by a signal is what a killed ssh looks like, too"
 
 
@@ -193,7 +220,7 @@ def test_an_error_of_a_guard_comes_with_its_machine(
 
 def test_a_guard_lives_until_it_is_gone() -> None:
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    guard = subprocess.Popen(fanout.guard_command("1"), stdin=subprocess.PIPE)
+    guard = subprocess.Popen(guard_command("1"), stdin=subprocess.PIPE)
     try:
         assert not is_guard(other.pid)
         deadline = time.monotonic() + 60
@@ -245,7 +272,7 @@ class Job:
         monkeypatch.setattr(supervision, "run_attempt", self._attempt)
         monkeypatch.setattr(supervision, "find_reachable", self._find)
         monkeypatch.setattr(supervision, "check_all_answer", lambda *_: None)
-        monkeypatch.setattr(supervision, "is_guard_gone", lambda name, pid: True)
+        monkeypatch.setattr(supervision, "is_guard_gone", lambda name, way, pid: True)
 
     def run(self, *names: str) -> None:
         supervision.supervise([Host(name, 1) for name in names], self.config)
@@ -254,7 +281,7 @@ class Job:
         self.hosts.append([host.name for host in hosts])
         return AttemptEnd(*self.ends.pop(0))
 
-    def _find(self, hosts: Sequence[Host], least: int, folder: Path) -> list[Host]:
+    def _find(self, hosts: Sequence[Host], *_: object) -> list[Host]:
         return [h for h in hosts if self.answering is None or h.name in self.answering]
 
 
@@ -305,7 +332,7 @@ def test_what_is_cut_off_is_asked_for_before_the_next_attempt(
 ) -> None:
     asked: list[tuple[str, int]] = []
 
-    def is_gone(name: str, pid: int) -> bool:
+    def is_gone(name: str, way: Way, pid: int) -> bool:
         asked.append((name, pid))
         return len(asked) > 1
 
@@ -317,7 +344,7 @@ def test_what_is_cut_off_is_asked_for_before_the_next_attempt(
 
 def test_a_request_between_attempts_is_heeded(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     job.ends = [(lost("n2.invalid"), {"n2.invalid": 77})]
-    monkeypatch.setattr(supervision, "is_guard_gone", lambda name, pid: False)
+    monkeypatch.setattr(supervision, "is_guard_gone", lambda name, way, pid: False)
     threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
     with pytest.raises(Interrupted) as caught:
         job.run("n1.invalid", "n2.invalid")
