@@ -129,6 +129,7 @@ def run_ranks(
             PARENT_VARIABLE: str(os.getpid()),
             "OMP_NUM_THREADS": str(resolve_threads(threads, num_ranks)),
             "GLOO_SOCKET_IFNAME": place.interface,
+            "NODE_RANK": str(place.host),
         }
         if place.num_hosts > 1:  # where the user has not chosen
             for name in INTERFACE_VARIABLES:

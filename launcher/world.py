@@ -113,6 +113,9 @@ class World:
                 "`python launcher/run.py --hostfile hosts`",
             )
         os.environ["LOCAL_WORLD_SIZE"] = str(local_ranks)
+        # torchrun says GROUP_RANK, DeepSpeed CROSS_RANK.
+        node = os.environ.get("GROUP_RANK") or os.environ.get("CROSS_RANK") or "0"
+        os.environ.setdefault("NODE_RANK", node)
         device, name = _device(local_rank, local_ranks)
         return cls(
             rank=rank,

@@ -70,6 +70,12 @@ def kill_rank(job: subprocess.Popen[bytes]) -> None:
     on(name, f"kill -9 {find(RANKS, name)[0]}")
 
 
+def freeze_rank(job: subprocess.Popen[bytes]) -> None:
+    """SIGSTOP a rank of the last host."""
+    name = hosts()[-1]
+    on(name, f"kill -STOP {find(RANKS, name)[0]}")
+
+
 def kill_guard(job: subprocess.Popen[bytes]) -> None:
     """SIGKILL the guard of the last host."""
     on(hosts()[-1], "pkill -9 -f 'shoal.launcher.guar[d]'")
@@ -94,9 +100,10 @@ def kill_launcher(job: subprocess.Popen[bytes]) -> None:
         time.sleep(0.2)
 
 
-RECOVERED = ("kill_rank", "kill_guard", "link_down")
+RECOVERED = ("kill_rank", "freeze_rank", "kill_guard", "link_down")
 EVENTS = {
-    event.__name__: event for event in (kill_rank, kill_guard, link_down, terminate, kill_launcher)
+    event.__name__: event
+    for event in (kill_rank, freeze_rank, kill_guard, link_down, terminate, kill_launcher)
 }
 
 if __name__ == "__main__":

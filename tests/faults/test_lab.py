@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -116,13 +117,52 @@ def test_hosts_train_one_job(
     assert sum(seen["left"]) == 0
 
 
-@pytest.mark.parametrize("event", ["kill_rank", "kill_guard"])
-def test_what_is_killed_is_started_again(event: str, corpus: Path, tmp_path: Path) -> None:
+SLURM = [str(HERE / "slurm_lab.sh")]
+NODES = ["--nodes=2", "--ntasks-per-node=1"]
+
+
+@pytest.mark.parametrize(
+    ("program", "hosts", "command"),
+    [
+        ("pdsh", "n1 slots=1\nn2 slots=1\n", [*PYTHON, "world.launcher=pdsh"]),
+        ("slurmctld", "n1 slots=9\n",
+         [*SLURM, "salloc", *NODES, sys.executable, RUN_PY, "run.yaml", "world.launcher=slurm",
+          "world.ranks=1"]),
+        ("slurmctld", "n1 slots=9\n",
+         [*SLURM, "srun", *NODES, "--cpu-bind=none", sys.executable, RUN_PY, "run.yaml"]),
+    ],
+    ids=["pdsh", "inside an allocation", "ranks of srun"],
+)  # fmt: skip
+def test_others_may_start_the_guards_or_the_ranks(
+    program: str, hosts: str, command: list[str], corpus: Path, tmp_path: Path
+) -> None:
+    if not shutil.which(program):
+        pytest.skip(f"no {program}")
+    folder = prepared(tmp_path, corpus, hosts)
+    seen = in_lab(folder, 2, "none", command)
+    output = (folder / "output").read_text()
+    assert seen["code"] == 0, output
+    assert ranks(folder) == [2]
+    assert_same_training(folder, corpus)
+
+
+@pytest.mark.parametrize(
+    ("event", "cause"),
+    [
+        ("kill_rank", "rank 1 was killed by SIGKILL"),
+        ("freeze_rank", "rank 1 stands still"),
+        ("kill_guard", "n2: ssh ended (exit code 255)"),
+    ],
+)
+def test_what_is_killed_or_hangs_is_started_again(
+    event: str, cause: str, corpus: Path, tmp_path: Path
+) -> None:
     folder = prepared(tmp_path, corpus, "n1 slots=1\nn2 slots=1\n")
-    seen = in_lab(folder, 2, event, PYTHON)
+    seen = in_lab(folder, 2, event, [*PYTHON, "world.timeout_seconds=30"])
     output = (folder / "output").read_text()
     assert seen["code"] == 0, output
     assert "attempt 2 of 4, on n1, n2" in output
+    assert cause in output
     assert ranks(folder) == [2, 2]
     assert_same_training(folder, corpus)
     assert seen["idle"] < 5 * 30, "five times what is asked for"

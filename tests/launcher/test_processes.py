@@ -33,8 +33,8 @@ rank = int(os.environ["RANK"])
 def work():
     mode = sys.argv[1]
     if mode == "facts":
-        names = "RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR OMP_NUM_THREADS CROSS_SIZE".split()
-        line = " ".join(os.environ.get(name, "-") for name in names)
+        names = "RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR OMP_NUM_THREADS CROSS_SIZE NODE_RANK"
+        line = " ".join(os.environ.get(name, "-") for name in names.split())
         with open(os.path.join(sys.argv[2], str(rank)), "w") as file:
             file.write(line)
         return
@@ -91,7 +91,7 @@ def test_ranks_get_their_place_and_not_that_of_another_job(
     out.mkdir()
     launch_ranks(3, ["facts", str(out)], threads=4, command=command)
     lines = {file.name: file.read_text() for file in out.iterdir()}
-    assert lines == {str(rank): f"{rank} 3 {rank} 127.0.0.1 4 -" for rank in range(3)}
+    assert lines == {str(rank): f"{rank} 3 {rank} 127.0.0.1 4 - 0" for rank in range(3)}
     assert dict(os.environ) == before
 
 
