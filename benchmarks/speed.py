@@ -98,7 +98,7 @@ def measure(scale: Scale, device: torch.device) -> Iterator[Claim]:
 
     with tempfile.TemporaryDirectory(prefix="shoal-benchmark-") as folder:
         masked, plain = _read_batches(Path(folder), scale)
-    _be_the_only_rank()
+    be_the_only_rank()
     start_process_group(device, timeout_seconds=120)
     for precision in ("fp32", "bf16"):
         yield measure_engine(scale, device, precision, masked)
@@ -133,7 +133,7 @@ def _read_batches(folder: Path, scale: Scale) -> tuple[list[Batch], list[Batch]]
     return read(True), read(False)
 
 
-def _be_the_only_rank() -> None:
+def be_the_only_rank() -> None:
     """Say what a launcher would tell the one rank of a job."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -92,6 +92,10 @@ class StoppedOnRequest(ShoalError):
     exit_code = 5
 
 
+class ReplicaError(ShoalError):
+    """Ranks that must hold the same weights do not: memory or a device has altered them."""
+
+
 class HangError(ShoalError):
     """A rank made no progress for longer than any work takes."""
 

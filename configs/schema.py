@@ -240,6 +240,19 @@ class CheckpointConfig(Section):
 
     every_steps: Count = 200
     keep: Count = Field(2, description="newest checkpoints kept")
+    resume: str = Field(
+        "auto",
+        description="auto: go on from the newest of this run; never: refuse to if there is one; "
+        "PATH: of another run, or one checkpoint of it, where this run has none yet",
+    )
+    compare_every: Count = Field(
+        100,
+        description="steps between two comparisons of what every rank must hold alike; before "
+        "every checkpoint there is one, too",
+    )
+    allow_changes: tuple[str, ...] = Field(
+        (), description="keys that may differ from the checkpoint's, for example optim.lr"
+    )
 
 
 class ValidationConfig(Section):

@@ -56,12 +56,20 @@ class CallLine:
                 connection.close()
                 return
             self._connection = connection
-            for line in self._waiting:
-                connection.send_bytes(line)
-        with contextlib.suppress(EOFError, OSError):
+            with contextlib.suppress(OSError):  # gone again: what follows sees that
+                for line in self._waiting:
+                    connection.send_bytes(line)
+        try:
             while True:
-                os.write(self._write, connection.recv_bytes())
-        self.hang_up()
+                heard = connection.recv_bytes()
+                with self._lock:  # the descriptor may be another's once it is closed
+                    if self._closed:
+                        return
+                    os.write(self._write, heard)
+        except (EOFError, OSError):
+            pass
+        finally:
+            self.hang_up()
 
     @property
     def has_called(self) -> bool:

@@ -19,8 +19,14 @@ Way = Literal["ssh", "pdsh", "slurm", "none"]
 SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=5",
        "-o", "ServerAliveCountMax=3", "-o", "ControlPath=none", "-o", "ClearAllForwardings=yes",
        )  # fmt: skip
-# --overlap: the step that this process runs in, if it does, has taken the machine already.
-SRUN = ("srun", "--overlap", "--ntasks-per-node=1", "--cpu-bind=none", "--kill-on-bad-exit=0")
+# What the allocation was asked for as a whole is not for one task a machine.
+ASKED = ("SLURM_GPUS", "SLURM_GPUS_PER_TASK", "SLURM_NTASKS", "SLURM_NPROCS",
+         "SLURM_NTASKS_PER_NODE", "SLURM_CPUS_PER_TASK", "SLURM_TRES_PER_TASK")  # fmt: skip
+SRUN = (
+    "env", *(word for name in ASKED for word in ("-u", name)),
+    # --overlap: the step that this process runs in, if it does, has taken the machine already.
+    "srun", "--overlap", "--ntasks-per-node=1", "--cpu-bind=none", "--kill-on-bad-exit=0",
+)  # fmt: skip
 # Who ends a job (DeepSpeed, systemd) ends all its processes; these must carry the last word.
 DEAF = ("sh", "-c", 'trap "" TERM INT HUP; exec "$@"', "sh")
 

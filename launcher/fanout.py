@@ -19,12 +19,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shoal.configs.errors import ShoalError, StoppedOnRequest
+from shoal.configs.errors import HangError, ShoalError, StoppedOnRequest
 from shoal.configs.schema import WorldConfig
 from shoal.launcher.endings import Ending, raise_failure
 from shoal.launcher.guard import SILENCE_SECONDS, Task, unpack_ending
 from shoal.launcher.hosts import Host, is_local
 from shoal.launcher.lines import Callers, Line, ProcessLine
+from shoal.launcher.processes import HANG_GRACE_SECONDS
 from shoal.launcher.world import STOP_SIGNALS
 
 BEAT_SECONDS = 5.0
@@ -241,7 +242,8 @@ class _Course:
             self.lost += [guard.lost(how) for guard in self.guards if guard.pid is None]
         if self._failed_at is None and (self.lost or any(map(_has_failed, self.guards))):
             self._failed_at = moment
-        grace = self.save_seconds if self.caught else GRACE_SECONDS
+        grace = HANG_GRACE_SECONDS if any(map(_has_hung, self.guards)) else GRACE_SECONDS
+        grace = self.save_seconds if self.caught else grace
         failed_long_ago = self._failed_at is not None and moment - self._failed_at > grace
         impatient = self.caught.count(signal.SIGINT) > 1
         if self._killed_at is None and (failed_long_ago or impatient):
@@ -252,6 +254,12 @@ class _Course:
         for guard in self.guards:
             if guard.ending is None:
                 guard.say(line)
+
+
+def _has_hung(guard: Guard) -> bool:
+    """Whether a rank of a machine got no further."""
+    outcomes = guard.ending.outcomes.values() if guard.ending else ()
+    return any(outcome.kind == HangError.__name__ for outcome in outcomes)
 
 
 def _has_failed(guard: Guard) -> bool:

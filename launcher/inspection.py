@@ -6,9 +6,9 @@ import hashlib
 import os
 import platform
 import shutil
-import tempfile
 import time
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from shoal.configs.errors import ShoalError
+from shoal.launcher.outcomes import find_leftovers
 
 PACKAGES = ("torch", "deepspeed", "numpy", "mosaicml-streaming", "transformers", "safetensors")
 SHARED_MEMORY = Path("/dev/shm")
@@ -45,12 +46,13 @@ def inspect(request: Request) -> dict[str, Any]:
         "shares": Path(request.token).exists(),
         "free_bytes": _free_bytes(Path(request.run)),
         "shared_memory": _describe_shared_memory(),
-        "leftovers": _find_leftovers(),
+        "leftovers": [str(folder) for folder in find_leftovers()],
         "shards": {folder: _check_shards(Path(folder), request.full) for folder in request.shards},
         "interface": _find_interface(request.first),
     }
 
 
+@cache  # as it was when the job began: a checkout may change meanwhile
 def describe_installation() -> dict[str, str]:
     """Return what must be the same on all machines of a job: versions, and Shoal's own code."""
     versions = {name: metadata.version(name) for name in ("shoal", *PACKAGES)}
@@ -94,18 +96,6 @@ def _describe_shared_memory() -> dict[str, int]:
         return {"total": 0, "free": 0}
     usage = shutil.disk_usage(SHARED_MEMORY)
     return {"total": usage.total, "free": usage.free}
-
-
-def _find_leftovers() -> list[str]:
-    """Return folders of ours whose processes are all gone: what a SIGKILL left behind."""
-    import psutil
-
-    found = []
-    for folder in Path(tempfile.gettempdir()).glob("shoal-*"):
-        pids = [int(file.read_text()) for file in folder.glob("rank-*.pid")]
-        if pids and folder.owner() == Path.home().owner() and not any(map(psutil.pid_exists, pids)):
-            found.append(str(folder))
-    return sorted(found)
 
 
 def _check_shards(folder: Path, full: bool) -> str | None:

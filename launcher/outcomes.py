@@ -7,13 +7,17 @@ Every rank writes `rank-N.pid` when it starts and `rank-N.json` when it ends, in
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
+import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -28,6 +32,8 @@ from shoal.configs.errors import (
 from shoal.trainer.storage import write_text
 
 FOLDER_VARIABLE = "SHOAL_OUTCOMES"
+FOLDER_PREFIX = "shoal-"
+ALIVE = "alive.lock"
 PARENT_VARIABLE = "SHOAL_LAUNCHER"
 PR_SET_PDEATHSIG = 1
 
@@ -119,6 +125,33 @@ def report_hang(error: HangError, progress: int) -> None:
 
 def _write_outcome(folder: Path, outcome: Outcome) -> None:
     write_text(folder / f"rank-{outcome.rank}.json", json.dumps(asdict(outcome)))
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Give a folder for a while; those that launchers left when they were killed are removed."""
+    for leftover in find_leftovers():
+        shutil.rmtree(leftover, ignore_errors=True)
+    with (
+        tempfile.TemporaryDirectory(prefix=FOLDER_PREFIX, ignore_cleanup_errors=True) as name,
+        (Path(name) / "new").open("w") as file,
+    ):
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (Path(name) / "new").rename(Path(name) / ALIVE)  # it never is there without its lock
+        yield Path(name)
+
+
+def find_leftovers() -> list[Path]:
+    """Return such folders of ours whose owner is gone.
+
+    Told by a lock and not by a process id: in a container that shares the folder, ids differ.
+    """
+    found = []
+    for path in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*/{ALIVE}"):
+        with suppress(OSError), path.open() as file:  # locked, another user's, or on its way out
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            found.append(path.parent)
+    return sorted(found)
 
 
 def read_pids(folder: Path) -> dict[int, int]:

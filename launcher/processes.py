@@ -14,7 +14,6 @@ import os
 import select
 import signal
 import sys
-import tempfile
 import threading
 import time
 import uuid
@@ -24,13 +23,14 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
-from shoal.configs.errors import PreflightError
+from shoal.configs.errors import HangError, PreflightError
 from shoal.launcher.endings import Ending, interrupted, raise_failure
 from shoal.launcher.outcomes import (
     FOLDER_VARIABLE,
     PARENT_VARIABLE,
     read_outcomes,
     read_pids,
+    scratch_folder,
 )
 from shoal.launcher.world import (
     RANK_VARIABLES,
@@ -48,6 +48,8 @@ WORKER = (sys.executable, "-P", "-m", "shoal.launcher.run", "--worker")
 LOOPBACK = "127.0.0.1"
 WATCH_SECONDS = 0.1
 FAILURE_GRACE_SECONDS = 3.0
+HANG_GRACE_SECONDS = 8.0
+"""Until the watchdogs of the other ranks have spoken, too: who says nothing then is named."""
 Advice = Literal["go", "stop", "kill"]
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
@@ -122,10 +124,9 @@ def run_ranks(
         advise: Asked several times a second whether to go on, to stop (the ranks save), or to kill.
     """
     device = check_devices(num_ranks)
-    with tempfile.TemporaryDirectory(prefix="shoal-", ignore_cleanup_errors=True) as folder:
-        outcomes = Path(folder)
+    with scratch_folder() as outcomes:
         added = {
-            FOLDER_VARIABLE: folder,
+            FOLDER_VARIABLE: str(outcomes),
             PARENT_VARIABLE: str(os.getpid()),
             "OMP_NUM_THREADS": str(resolve_threads(threads, num_ranks)),
             "GLOO_SOCKET_IFNAME": place.interface,
@@ -158,8 +159,8 @@ def train_configs(configs: Sequence[RunConfig]) -> None:
     from shoal.configs.load import dump_config
 
     world = configs[0].world
-    with tempfile.TemporaryDirectory(prefix="shoal-") as folder:
-        files = [Path(folder) / f"{index:03d}-{c.name}.yaml" for index, c in enumerate(configs)]
+    with scratch_folder() as folder:
+        files = [folder / f"{index:03d}-{c.name}.yaml" for index, c in enumerate(configs)]
         for file, config in zip(files, configs, strict=True):
             file.write_text(dump_config(config), encoding="utf-8")
         launch_ranks(
@@ -283,7 +284,9 @@ class _Watcher:
         )
         if failed and self._failed_at is None:
             self._failed_at = time.monotonic()
-        return failed and time.monotonic() - (self._failed_at or 0) > FAILURE_GRACE_SECONDS
+        hung = any(outcome.kind == HangError.__name__ for outcome in outcomes.values())
+        grace = HANG_GRACE_SECONDS if hung else FAILURE_GRACE_SECONDS
+        return failed and time.monotonic() - (self._failed_at or 0) > grace
 
     def _kill(self) -> None:
         alive = {rank for rank, fd in self._ranks.items() if not any_gone([fd])}

@@ -163,7 +163,7 @@ def find_hosts(order: Order, config: RunConfig) -> list[Host]:
 def launch(order: Order, watch: Sequence[int] = ()) -> None:
     """Start the ranks and wait for them; with --dry-run only say what would be."""
     from shoal.launcher.plan import print_plan
-    from shoal.launcher.runs import run_folder
+    from shoal.launcher.runs import check_may_begin, run_folder
     from shoal.launcher.screen import newest_checkpoint_note
 
     config = order.load()[0]
@@ -173,6 +173,7 @@ def launch(order: Order, watch: Sequence[int] = ()) -> None:
         return
     from shoal.launcher.supervision import supervise
 
+    check_may_begin(config)
     try:
         supervise(hosts, config, watch)
     except ShoalError as error:
@@ -201,6 +202,7 @@ def run_foreign_rank(order: Order) -> NoReturn:
     a hostfile of one other machine on this one, so the ranks look at what it was told.
     """
     from shoal.launcher.hosts import check_deepspeeds_hosts, hosts_of_deepspeed
+    from shoal.launcher.runs import check_may_begin
     from shoal.launcher.screen import guard, show_error
     from shoal.launcher.watchdog import Watchdog
     from shoal.launcher.world import STOP_SIGNALS, StopRequest, foreign_ranks, resolve_threads
@@ -210,6 +212,8 @@ def run_foreign_rank(order: Order) -> NoReturn:
 
     def work() -> None:
         check_deepspeeds_hosts(hosts_of_deepspeed())
+        if os.environ["RANK"] == "0":
+            check_may_begin(order.load()[0])
         num_ranks, local_ranks = foreign_ranks()
         threads = resolve_threads(order.load()[0].world.threads, local_ranks)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))

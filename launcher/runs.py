@@ -39,3 +39,20 @@ def read_run(folder: Path) -> RunConfig:
     if not (folder / CONFIG_FILE).is_file():
         raise ConfigError("not a run: it has no config.yaml", where=folder, fix="shoal runs")
     return build_config(RunConfig, read_tree(folder / CONFIG_FILE), where=folder / CONFIG_FILE)
+
+
+def check_may_begin(config: RunConfig) -> None:
+    """Refuse a start that must be a fresh one where there is something to go on from.
+
+    Raises:
+        ConfigError: checkpoint.resume is `never` and there is a checkpoint.
+    """
+    from shoal.trainer.checkpoint import list_checkpoints
+
+    root = run_folder(config) / "checkpoints"
+    if config.checkpoint.resume == "never" and list_checkpoints(root):
+        raise ConfigError(
+            "there are checkpoints, and checkpoint.resume=never",
+            where=root,
+            fix="give another name=, or checkpoint.resume=auto to go on from them",
+        )

@@ -16,7 +16,8 @@ FIRST_PORT, PORTS = 20_000, 30_000
 def adopt_step(environment: MutableMapping[str, str] = os.environ) -> None:
     """Say in torchrun's words what `srun` says of this task; nothing where srun did not start it.
 
-    A batch script itself is no task of a step. Chosen MASTER_ADDR and MASTER_PORT are kept.
+    A batch script is no task of a step, and an interactive shell is the only one of its own: a
+    single task is a launcher like any other. Chosen MASTER_ADDR and MASTER_PORT are kept.
 
     Raises:
         ConfigError: a variable is not what Slurm writes.
@@ -24,6 +25,8 @@ def adopt_step(environment: MutableMapping[str, str] = os.environ) -> None:
     """
     names = ("SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID")
     if "RANK" in environment or not all(name in environment for name in names):
+        return
+    if environment["SLURM_STEP_NUM_TASKS"] == "1":
         return
     tasks = tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))
     node = int(environment.get("SLURM_NODEID", "0"))
@@ -58,12 +61,19 @@ def allocated_hosts(
         raise ConfigError(
             "there is no Slurm allocation here",
             where="world.launcher=slurm",
-            fix="start this inside `salloc` or `sbatch`; --dry-run shows a batch script",
+            fix="start this inside `salloc --no-kill` or `sbatch --no-kill`",
         )
     names = list_names(environment["SLURM_JOB_NODELIST"])
     tasks = tasks_per_node(environment.get("SLURM_TASKS_PER_NODE", f"1(x{len(names)})"))
-    slots = slots or int(environment.get("SLURM_GPUS_ON_NODE", "0"))
+    slots = slots or _count_gpus(environment)
     return [Host(name, slots or count) for name, count in zip(names, tasks, strict=True)]
+
+
+def _count_gpus(environment: Mapping[str, str]) -> int:
+    """Return GPUs of a node: sbatch says how many, salloc what was asked for (8, or a100:8)."""
+    said = environment.get("SLURM_GPUS_ON_NODE") or environment.get("SLURM_GPUS_PER_NODE") or "0"
+    number = said.rpartition(":")[2]
+    return int(number) if number.isdigit() else 0
 
 
 def tasks_per_node(text: str) -> list[int]:

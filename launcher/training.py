@@ -149,16 +149,20 @@ def _check_disk(folder: Path, config: RunConfig) -> None:
 
 def _check_resume(folder: Path, config: RunConfig, position: dict[str, Any]) -> None:
     """Refuse to go on with another config or other inputs before anything is built or written."""
-    from shoal.trainer.checkpoint import list_checkpoints, read_manifest
+    from shoal.trainer.checkpoint import find_checkpoint, list_checkpoints, read_manifest
     from shoal.trainer.identity import check_same_inputs, check_same_run
 
-    for checkpoint in reversed(list_checkpoints(folder / "checkpoints")):
+    own = list_checkpoints(folder / "checkpoints")
+    if not own and config.checkpoint.resume not in ("auto", "never"):
+        found = find_checkpoint(folder / "checkpoints", config.checkpoint.resume)
+        own = [found[0]] if found else []
+    for checkpoint in reversed(own):
         try:
             manifest = read_manifest(checkpoint)
         except DataError:
             continue  # passed over with a warning when the newest whole one is looked for
         check_same_run(manifest.run, config, where=checkpoint)
-        check_same_inputs(manifest.position, position, where=checkpoint)
+        check_same_inputs(manifest.position, position, checkpoint, config.checkpoint.allow_changes)
         return
 
 

@@ -58,7 +58,9 @@ class Watchdog:
             fix="the stacks above say where its ranks stood; if that was work and no fault, raise "
             "world.timeout_seconds",
         )
-        if self._report:
-            self._report(error, self._count)
-        sys.stderr.flush()
-        os._exit(EXIT_CODE)
+        try:
+            if self._report:
+                self._report(error, self._count)
+            sys.stderr.flush()
+        finally:
+            os._exit(EXIT_CODE)

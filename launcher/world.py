@@ -204,6 +204,8 @@ def check_devices(local_ranks: int) -> str:
 def _device(local_rank: int, local_ranks: int) -> tuple[torch.device, str]:
     import torch
 
+    if "SLURM_LOCALID" in os.environ and local_ranks > count_gpus() == 1:
+        local_ranks, local_rank = 1, 0  # `srun --gpus-per-task=1` shows each task its own alone
     if check_devices(local_ranks) == "cpu":
         return torch.device("cpu"), "cpu"
     return torch.device("cuda", local_rank), torch.cuda.get_device_name(local_rank)

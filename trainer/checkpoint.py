@@ -11,18 +11,18 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from shoal.configs.errors import DataError
 from shoal.configs.load import first_problem
 from shoal.trainer.engine import STATES, Engine
-from shoal.trainer.storage import digest, sync
+from shoal.trainer.storage import digest
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -91,63 +91,6 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted(root.glob("step-" + 8 * "[0-9]"))
 
 
-def save_checkpoint(
-    engine: Engine, root: Path, *, step: int, position: dict[str, Any], run: dict[str, Any]
-) -> Path:
-    """Write the engine's whole state; collective. Returns the published folder.
-
-    Rank i mod n keeps and writes parameter i. `position` is where the data stands, `run` the
-    resolved config. Nothing is published before every rank's file is on disk.
-    """
-    from safetensors.torch import save_file
-
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    final, aside = root / checkpoint_name(step), root / f".partial-{checkpoint_name(step)}"
-    if rank == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    dist.barrier()
-    file = f"rank-{rank:05d}.safetensors"
-    kept: dict[str, Tensor] = {}
-    index: dict[str, dict[str, StoredTensor]] = {}
-    for number, (name, state, value) in enumerate(engine.read_state()):
-        if (number // len(STATES)) % ranks == rank:
-            key = f"{state}/{name}"
-            kept[key] = value.detach().to("cpu", torch.float32, copy=True).contiguous()
-            piece = Slice(file=file, key=key, offset=0, length=value.numel())
-            entry = StoredTensor(shape=tuple(value.shape), slices=(piece,))
-            index.setdefault(name, {})[state] = entry
-    save_file(kept, aside / file)
-    sync(aside / file)
-    facts = {file: StoredFile(bytes=(aside / file).stat().st_size, sha256=digest(aside / file))}
-    gathered: list[Any] = [None] * ranks
-    dist.all_gather_object(gathered, (facts, index))
-    if rank == 0:
-        _publish(aside, final, gathered, step=step, position=position, run=run)
-    dist.barrier()
-    return final
-
-
-def _publish(
-    aside: Path, final: Path, gathered: list, *, step: int, position: dict, run: dict
-) -> None:
-    manifest = Manifest(
-        schema_version=SCHEMA,
-        step=step,
-        position=position,
-        run=run,
-        files={name: fact for facts, _ in gathered for name, fact in facts.items()},
-        tensors={name: states for _, index in gathered for name, states in index.items()},
-    )
-    manifest = manifest.model_copy(update={"digest": manifest.compute_digest()})
-    (aside / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
-    sync(aside / MANIFEST)
-    sync(aside)
-    shutil.rmtree(final, ignore_errors=True)
-    aside.rename(final)
-    sync(final.parent)
-
-
 def read_manifest(folder: Path) -> Manifest:
     """Read and check a manifest.
 
@@ -196,7 +139,9 @@ def verify_checkpoint(folder: Path) -> Manifest:
     return manifest
 
 
-def newest_checkpoint(root: Path, warn: Any = None) -> tuple[Path, Manifest] | None:
+def newest_checkpoint(
+    root: Path, warn: Callable[[str], object] | None = None
+) -> tuple[Path, Manifest] | None:
     """Return the newest checkpoint that verifies, or None where there is none at all.
 
     A damaged one is passed over with a warning; if all are damaged that is an error, since
@@ -217,6 +162,31 @@ def newest_checkpoint(root: Path, warn: Any = None) -> tuple[Path, Manifest] | N
             fix="restore a checkpoint, or start again under another name=",
         )
     return None
+
+
+def find_checkpoint(
+    root: Path, resume: str = "auto", warn: Callable[[str], object] | None = None
+) -> tuple[Path, Manifest] | None:
+    """Return what a run goes on from: its own newest checkpoint, or where it has none, another's.
+
+    Args:
+        root: Folder of the run's own checkpoints.
+        resume: `auto`, `never` (which its caller has made sure of), or a run or checkpoint.
+        warn: Told of each that is passed over as damaged.
+
+    Raises:
+        DataError: all are damaged, or there is none where `resume` points.
+    """
+    own = newest_checkpoint(root, warn)
+    if own or resume in ("auto", "never"):
+        return own
+    given = Path(resume)
+    if (given / MANIFEST).is_file():
+        return given, verify_checkpoint(given)
+    found = newest_checkpoint(given / "checkpoints", warn)
+    if found is None:
+        raise DataError("there is no checkpoint", where=given, fix="checkpoint.resume=auto")
+    return found
 
 
 def load_checkpoint(
@@ -267,7 +237,7 @@ class TensorReader:
 
 
 def remove_old(root: Path, keep: int, newest: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what killed savers left aside.
+    """Delete all but the newest `keep` checkpoints.
 
     `newest` is the step that was just saved. Folders of later steps were passed over as damaged
     when this run resumed: they must not count among those kept.
@@ -278,5 +248,5 @@ def remove_old(root: Path, keep: int, newest: int) -> None:
         # Renamed first: a kill in the middle must not leave a broken folder under a good name.
         doomed = root / f".partial-old-{folder.name}"
         folder.rename(doomed)
-    for leftover in root.glob(".partial-*"):
+    for leftover in root.glob(".partial-old-*"):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -164,23 +164,77 @@ class Engine:
         self._engine.train()
         return float(sums[0]), int(sums[1])
 
-    # State by name. Reads and writes are collective: every rank calls them, in the same order.
+    @torch.no_grad()
+    def is_finite(self) -> bool:
+        """Return whether every weight on every rank is a number; collective."""
+        broken = torch.zeros(1, dtype=torch.int64, device=self.device)
+        for master in self._masters():
+            broken += (~torch.isfinite(master)).sum()
+        dist.all_reduce(broken)
+        return not int(broken)
 
-    def read_state(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Yield (parameter, state, full fp32 tensor) for every parameter and entry of `STATES`."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    @torch.no_grad()
+    def compare_replicas(self) -> list[int]:
+        """Return the ranks whose copy of what all must hold alike is another than most ranks'.
 
+        Compared are sums over the bits. All ranks hold the forward weights alike at stages 0 to 2,
+        and at stage 0 the moments too; what is sharded has no copy to be compared with. Where no
+        copy is held by most, all that differ from the first are returned.
+        """
+        if self.stage == 3:
+            return []
+        held = [parameter.data for parameter in self._engine.module.parameters()]
+        if self.stage == 0:
+            held += [state[key] for state in self._basic_optimizer.state.values()
+                     for key in STATES[1:]]  # fmt: skip
+        own = torch.zeros(1, dtype=torch.int64, device=self.device)
+        for tensor in held:
+            bits = torch.int16 if tensor.dtype == torch.bfloat16 else torch.int32
+            own += tensor.contiguous().view(bits).sum(dtype=torch.int64)
+        sums = [torch.zeros_like(own) for _ in range(self.num_ranks)]
+        dist.all_gather(sums, own)
+        found = [int(value) for value in sums]
+        most = max(found, key=lambda value: (found.count(value), value == found[0]))
+        return [rank for rank, value in enumerate(found) if value != most]
+
+    # State by name. Writes are collective: every rank calls them, in the same order.
+
+    def read_slices(self) -> Iterator[tuple[str, str, int, Tensor]]:
+        """Yield (parameter, state, offset, values) of what this rank holds, flat and in fp32.
+
+        Not collective. The slices of all ranks make up every parameter and state exactly once; what
+        every rank holds alike (stage 0) is dealt out, parameter by parameter.
+        """
         self._link_states()
-        for name, parameter in self._parameters():
+        rank = dist.get_rank()
+        for number, (name, parameter) in enumerate(self._parameters()):
+            if self.stage == 0 and number % self.num_ranks != rank:
+                continue
             for state in STATES:
-                if self.stage == 0:
-                    plain = self._engine.optimizer.state[parameter]
-                    value = parameter.detach() if state == "weight" else plain[state]
-                elif state == "weight":
-                    value = safe_get_full_fp32_param(parameter)
-                else:
-                    value = safe_get_full_optimizer_state(parameter, state)
-                yield name, state, value.reshape(self._shapes[name])
+                offset, values = self._own_slice(parameter, state)
+                if values.numel():
+                    yield name, state, offset, values
+
+    def _own_slice(self, parameter: nn.Parameter, state: str) -> tuple[int, Tensor]:
+        """Return where this rank's part of a parameter's state begins, and the part."""
+        if self.stage == 0:
+            plain = self._engine.optimizer.state[parameter]
+            return 0, (parameter.detach() if state == "weight" else plain[state]).flatten()
+        if self.stage == 3:
+            from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+            is_weight = state == "weight"
+            part = safe_get_local_fp32_param(parameter) if is_weight else (
+                safe_get_local_optimizer_state(parameter, state)
+            )  # fmt: skip
+            offset = dist.get_rank() * part.numel()
+            whole = int(parameter.ds_numel)  # type: ignore[attr-defined]  # of DeepSpeed
+            return offset, part.flatten()[: max(0, whole - offset)]  # the last one is padded
+        held = getattr(parameter, "_hp_mapping", None)
+        if held is None:  # all of it is on other ranks
+            return 0, torch.empty(0)
+        values = held.hp_fragment if state == "weight" else held.optim_fragment[state]
+        return int(held.lp_fragment_address.start), values
 
     def write_state(self, name: str, state: str, value: Tensor) -> None:
         """Set one full fp32 tensor; call `finish_writing` when all are set."""
@@ -221,8 +275,7 @@ class Engine:
 
     @property
     def _basic_optimizer(self) -> _JudgedAdamW:
-        optimizer: _JudgedAdamW = self._engine.basic_optimizer
-        return optimizer
+        return self._engine.basic_optimizer  # type: ignore[no-any-return]
 
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:
         by_name = dict(self._engine.module.model.named_parameters())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +20,43 @@ def check_same_run(stored: dict[str, Any], config: RunConfig, where: Path) -> No
     # Read as a config of today: keys that are new since then have their defaults in both.
     theirs = build_config(RunConfig, stored, where=where).determinants()
     ours = config.determinants()
-    differing = [k for k in sorted(theirs.keys() | ours.keys()) if theirs.get(k) != ours.get(k)]
-    if stored.get("name") != config.name:
-        differing.append("name")
+    differing = {
+        key: f"{theirs.get(key)}, now {ours.get(key)}"
+        for key in sorted(theirs.keys() | ours.keys())
+        if theirs.get(key) != ours.get(key) and key not in config.checkpoint.allow_changes
+    }
+    if stored.get("name") != config.name and config.checkpoint.resume in ("auto", "never"):
+        differing["name"] = f"{stored.get('name')}, now {config.name}"
     if differing:
+        changes = "; ".join(f"{key} (was {change})" for key, change in differing.items())
         raise ConfigError(
-            f"this run was started with another {', '.join(differing)}",
+            f"this run was started with another {changes}",
             where=where,
-            fix="give the changed run another name=, or restore the old values",
+            fix="give the changed run another name=, restore the old values, or allow the change: "
+            f"'checkpoint.allow_changes=[{', '.join(key for key in differing if key != 'name')}]'",
         )
 
 
-def check_same_inputs(stored: Mapping[str, Any], position: Mapping[str, Any], where: Path) -> None:
+def check_same_inputs(
+    stored: Mapping[str, Any],
+    position: Mapping[str, Any],
+    where: Path,
+    allowed: Collection[str] = (),
+) -> None:
     """Refuse a checkpoint of other shards, or of another teacher, than those at hand.
 
     Args:
         stored: `position` of the checkpoint.
         position: Hashes and weights of the shards, hash of the teacher, as now opened.
         where: The checkpoint.
+        allowed: Of `streams` and `teacher` those that may be others.
 
     Raises:
         DataError: they are not the same.
     """
     for key, now_there in position.items():
+        if key in allowed:
+            continue
         if key == "teacher" and key not in stored:
             continue  # saved before teachers were remembered
         if stored.get(key) != now_there:
@@ -50,5 +64,6 @@ def check_same_inputs(stored: Mapping[str, Any], position: Mapping[str, Any], wh
             raise DataError(
                 f"was trained {what}: {stored.get(key)}, now {now_there}",
                 where=where,
-                fix="point data.train and teacher.path at what the run was started with",
+                fix="point data.train and teacher.path at what the run was started with, or allow "
+                f"the change: 'checkpoint.allow_changes=[{key}]'",
             )

@@ -13,7 +13,12 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from shoal.configs.errors import NonFiniteLossError, ShoalError, StoppedOnRequest
+from shoal.configs.errors import (
+    NonFiniteLossError,
+    ReplicaError,
+    ShoalError,
+    StoppedOnRequest,
+)
 from shoal.configs.schema import RunConfig
 from shoal.data_pipeline.batch import Batch
 from shoal.trainer import checkpoint
@@ -23,6 +28,7 @@ from shoal.trainer.identity import check_same_inputs, check_same_run
 from shoal.trainer.ledger import LedgerEntry, append_entry, now
 from shoal.trainer.metrics import Metrics
 from shoal.trainer.optim import learning_rate
+from shoal.trainer.saver import Saver
 
 
 class BatchSource(Protocol):
@@ -76,6 +82,7 @@ def train(
 
     Raises:
         StoppedOnRequest: a stop was asked for; a checkpoint of the last finished step is saved.
+        ReplicaError: ranks hold other weights than the rest; what is saved is from before.
         NonFiniteLossError: step after step had to be left out, also from the newest checkpoint on.
         DataError: a shard or checkpoint is broken, named.
     """
@@ -105,8 +112,14 @@ class _Training:
         self.step = self.skipped = self.passed_over = 0
         """Steps done; those of them left out; batches passed over by going back."""
         self.detector = AnomalyDetector(config.train.spike_limit)
+        self.saver = Saver(
+            self.checkpoints,
+            keep=config.checkpoint.keep,
+            timeout=config.world.timeout_seconds / 2,  # before the watchdog, which knows less
+            device=engine.device,
+        )
         self._restore()
-        self.skipped_in_a_row, self.went_back = 0, False
+        self.skipped_in_a_row, self.went_back, self.is_due = 0, False, False
         self.saved_step = self.booked_step = self.step
         self.booked_at, self.started = time.monotonic(), now()
         self.metrics = Metrics(
@@ -124,15 +137,19 @@ class _Training:
         loss = None
         try:
             while self.step < self.config.steps:
-                self._take_step()
+                if not self._take_step():
+                    continue
                 last = self.step == self.config.steps
                 if self.validation and (
                     last or self.step % self.config.validation.every_steps == 0
                 ):
                     loss = self._validate(self.validation)
-                due = last or self.step % self.config.checkpoint.every_steps == 0
-                if due and self._is_sound(loss if last else None):
-                    self._save()
+                self._save_if_due(last)
+                self.saver.check()
+            self.saver.finish(self.progress)
+        except BaseException:
+            self.saver.leave()
+            raise
         finally:
             self.metrics.close()
         return loss
@@ -143,7 +160,8 @@ class _Training:
         choice: list[Any] = [None]
         if self.facts.rank == 0:
             try:
-                choice = [checkpoint.newest_checkpoint(self.checkpoints, warn=print)]
+                resume = self.config.checkpoint.resume
+                choice = [checkpoint.find_checkpoint(self.checkpoints, resume, warn=print)]
             except ShoalError as error:
                 choice = [error]
         dist.broadcast_object_list(choice)
@@ -153,7 +171,8 @@ class _Training:
             return False
         folder, manifest = choice[0]
         check_same_run(manifest.run, self.config, where=folder)
-        check_same_inputs(manifest.position, self.position, where=folder)
+        allowed = self.config.checkpoint.allow_changes
+        check_same_inputs(manifest.position, self.position, folder, allowed)
         # As a checkpoint from before steps could be left out has it.
         self.step, self.skipped = manifest.step, manifest.position.get("skipped", 0)
         self.passed_over = manifest.position.get("passed_over", 0)
@@ -163,7 +182,8 @@ class _Training:
         checkpoint.load_checkpoint(self.engine, folder, manifest, updates=self.step - self.skipped)
         return True
 
-    def _take_step(self) -> None:
+    def _take_step(self) -> bool:
+        """Take the next step, or leave it out; False when that has led back to an earlier one."""
         begun, number = time.perf_counter(), self.step + 1
         self.progress(f"reading the rows of step {number}")
         batches = self.source.microbatches(self.step + self.passed_over)
@@ -176,8 +196,7 @@ class _Training:
         loss = result.sums.cross_entropy / tokens
         self.step += 1
         if not result.taken:
-            self._skip(loss, result.grad_norm, batches)
-            return
+            return self._skip(loss, result.grad_norm, batches)
         self.skipped_in_a_row = 0
         seconds = time.perf_counter() - begun
         values: dict[str, Any] = {
@@ -195,6 +214,7 @@ class _Training:
             values["router_z"] = result.sums.router_z / tokens
             values["expert_load"] = [load / tokens for load in result.sums.expert_load]
         self.metrics.write("train", self.step, **values)
+        return True
 
     def _agree(self, tokens: int) -> int:
         """Sum the real tokens over ranks, and stop everywhere if any rank was asked to.
@@ -208,30 +228,32 @@ class _Training:
             self._stop()
         return int(shared[0])
 
-    def _is_sound(self, loss: float | None) -> bool:
-        """Whether the weights may be saved: not while steps cannot be taken with them.
+    def _save_if_due(self, last: bool) -> None:
+        """Save at every so many steps, and after the last one; compare what must be alike.
 
-        After the last step there is no next one to tell a bad batch from bad weights; the loss on
-        the validation rows does.
+        While steps cannot be taken the weights may be what is wrong: a save waits for the next
+        step that can, and after the last one for a look at them.
 
         Raises:
-            NonFiniteLossError: it is no number.
+            NonFiniteLossError: the run would end with weights that are no numbers.
         """
-        if not self.skipped_in_a_row:
-            return True
-        if self.step < self.config.steps:
-            return False
-        if loss is not None and not math.isfinite(loss):
-            raise NonFiniteLossError(
-                f"the last step could not be taken, and the validation loss is {loss}",
-                where=self.facts.folder,
-                fix=f"the newest checkpoint is step {self.saved_step}",
-            )
-        return True
+        self.is_due |= last or self.step % self.config.checkpoint.every_steps == 0
+        if self.is_due and (not self.skipped_in_a_row or last):
+            if self.skipped_in_a_row and not self.engine.is_finite():
+                raise NonFiniteLossError(
+                    "the last step could not be taken, and the weights are no numbers",
+                    where=self.facts.folder,
+                    fix=f"the newest checkpoint is step {self.saved_step}",
+                )
+            self._save()
+        elif self.step % self.config.checkpoint.compare_every == 0:
+            self._compare_replicas()
 
     def _stop(self) -> None:
-        if self.step > self.saved_step and not self.skipped_in_a_row:
+        unsaved = self.step > self.saved_step
+        if unsaved and (not self.skipped_in_a_row or self.engine.is_finite()):
             self._save()
+        self.saver.finish(self.progress)
         raise StoppedOnRequest(
             f"stopped on request after step {self.saved_step} of {self.config.steps}; it is saved",
             where=self.checkpoints,
@@ -263,12 +285,27 @@ class _Training:
             self.progress(f"validating after step {self.step}, batch {number} of {len(batches)}")
             yield batch
 
+    def _compare_replicas(self) -> None:
+        """Refuse to go on, or to save, with weights that are not alike on all ranks.
+
+        Raises:
+            ReplicaError: names the ranks; the run may go on from its newest checkpoint.
+        """
+        if odd := self.engine.compare_replicas():
+            self.saver.finish(self.progress)  # what was saved before is sound
+            ranks = ", ".join(map(str, odd))
+            raise ReplicaError(
+                f"the weights of rank {ranks} are not those of the others after step {self.step}",
+                where=self.facts.folder,
+                fix="if it happens again, leave out that device: its memory is not sound",
+            )
+
     def _save(self) -> None:
         self.progress(f"saving step {self.step}")
-        checkpoint.save_checkpoint(
+        self._compare_replicas()
+        seconds = self.saver.begin(
             self.engine,
-            self.checkpoints,
-            step=self.step,
+            self.step,
             position={
                 **self.position,
                 "step": self.step,
@@ -277,10 +314,10 @@ class _Training:
                 "history": self.detector.history,
             },
             run=self.config.model_dump(mode="json"),
+            progress=self.progress,
         )
-        self.saved_step = self.step
-        if self.facts.rank == 0:
-            checkpoint.remove_old(self.checkpoints, self.config.checkpoint.keep, self.step)
+        self.saved_step, self.is_due = self.step, False
+        self.metrics.write("checkpoint", self.step, seconds=seconds)
         self._book()
 
     def _book(self) -> None:
@@ -307,8 +344,11 @@ class _Training:
             ),
         )
 
-    def _skip(self, loss: float, norm: float, batches: Sequence[Batch]) -> None:
+    def _skip(self, loss: float, norm: float, batches: Sequence[Batch]) -> bool:
         """Record a step that was left out on all ranks; after too many in a row go back, once.
+
+        Returns:
+            False when the run has gone back.
 
         Raises:
             NonFiniteLossError: that has been tried, or there is nothing to go back to.
@@ -322,10 +362,11 @@ class _Training:
         what = f"step {self.step} left out: loss {loss:.4g}, gradient norm {norm:.4g}"
         self.metrics.say(f"{self.config.name}: {what}; rows {_shorten(rows)}")
         if self.skipped_in_a_row <= self.config.train.max_skipped_steps:
-            return
+            return True
+        self.saver.finish(self.progress)
         if not (self.went_back or self.config.ledger.kind == "tune") and self.saved_step:
             self._go_back()
-            return
+            return False
         self._book()
         raise NonFiniteLossError(
             f"{self.skipped_in_a_row} steps in a row cannot be taken; step {self.step} has loss "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from shoal.launcher import check, greeting
 from shoal.launcher.check import Finding, check_cluster, check_order, findings_table
 from shoal.launcher.hosts import Host
 from shoal.launcher.inspection import Request, inspect
+from shoal.launcher.outcomes import scratch_folder
 from shoal.launcher.run import make_order
 
 THERE = Host("far-away.invalid", 1)
@@ -101,11 +101,15 @@ def test_what_a_killed_job_left_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: RunConfig
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    for name, pid in {"shoal-dead": 2**22 + 1, "shoal-alive": os.getpid()}.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "rank-0.pid").write_text(str(pid))
-    facts = inspect(Request(str(tmp_path), str(tmp_path), "localhost", []))
-    assert facts["leftovers"] == [str(tmp_path / "shoal-dead")]
+    (tmp_path / "shoal-dead").mkdir()
+    (tmp_path / "shoal-dead" / "alive.lock").touch()
+    with scratch_folder() as alive:
+        assert alive.parent == tmp_path
+        assert list(tmp_path.glob("shoal-*")) == [alive], "the next start clears it away"
+        (tmp_path / "shoal-dead").mkdir()
+        (tmp_path / "shoal-dead" / "alive.lock").touch()
+        facts = inspect(Request(str(tmp_path), str(tmp_path), "localhost", []))
+        assert facts["leftovers"] == [str(tmp_path / "shoal-dead")]
 
 
 def test_findings_as_json_and_an_exit_code(

@@ -44,18 +44,19 @@ def test_what_others_have_said_is_kept() -> None:
     environment = STEP | chosen
     adopt_step(environment)
     assert chosen.items() <= environment.items()
-    for other in ({**STEP, "RANK": "0"}, {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0"}, {}):
+    batch, shell = {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0"}, STEP | {"SLURM_STEP_NUM_TASKS": "1"}
+    for other in ({**STEP, "RANK": "0"}, batch, shell, {}):
         environment = dict(other)
         adopt_step(environment)
-        assert environment == other, "torchrun inside a step; a batch script; no Slurm"
+        assert environment == other, "torchrun in a step; a batch script; srun --pty; no Slurm"
 
 
 def test_machines_of_an_allocation() -> None:
     job = {"SLURM_JOB_NODELIST": "n1,n2", "SLURM_TASKS_PER_NODE": "4,2"}
     assert allocated_hosts(job) == [Host("n1", 4), Host("n2", 2)]
     assert allocated_hosts(job, slots=3) == [Host("n1", 3), Host("n2", 3)]
-    gpus = job | {"SLURM_GPUS_ON_NODE": "8"}
-    assert allocated_hosts(gpus) == [Host("n1", 8), Host("n2", 8)]
+    for said in ({"SLURM_GPUS_ON_NODE": "8"}, {"SLURM_GPUS_PER_NODE": "a100:8"}):
+        assert allocated_hosts(job | said) == [Host("n1", 8), Host("n2", 8)]
     with pytest.raises(ConfigError, match="no Slurm allocation"):
         allocated_hosts({})
 

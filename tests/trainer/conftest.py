@@ -31,3 +31,29 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], 
     yield start
     for group in groups.values():
         group.close()
+
+
+@pytest.fixture(scope="session")
+def only_rank() -> Iterator[dict[str, str]]:
+    """A group of this process alone; once, because DeepSpeed does not survive a second one."""
+    import torch
+    from rank_groups import free_port, rank_environment
+
+    from shoal.trainer.engine import start_process_group, stop_process_group
+
+    facts = rank_environment(0, 1, free_port())
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in facts.items():
+            patch.setenv(name, value)
+        start_process_group(torch.device("cpu"), timeout_seconds=60)
+    yield facts
+    stop_process_group()
+
+
+@pytest.fixture(scope="module")
+def process_group(only_rank: dict[str, str]) -> Iterator[None]:
+    """Be that rank, as long as a module's tests last: others look for no rank here."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in only_rank.items():
+            patch.setenv(name, value)
+        yield

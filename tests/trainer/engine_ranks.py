@@ -22,8 +22,8 @@ from shoal.configs.errors import ShoalError
 from shoal.configs.schema import ModelConfig, MoEConfig, OptimConfig, RunConfig, TrainConfig
 from shoal.data_pipeline.batch import IGNORE, PADDING_ROW, Batch
 from shoal.kernels.backend import Kernels
-from shoal.trainer import checkpoint, loop
-from shoal.trainer.engine import Engine, start_process_group, stop_process_group
+from shoal.trainer import checkpoint, loop, saver
+from shoal.trainer.engine import STATES, Engine, start_process_group, stop_process_group
 from shoal.trainer.model import Transformer
 from shoal.trainer.objective import Objective
 from shoal.trainer.optim import group_parameters, learning_rate
@@ -177,6 +177,23 @@ def take_steps(engine: Engine, case: dict, start: int, stop: int) -> tuple[list,
     return losses, norms
 
 
+def read_state(engine: Engine) -> Iterator[tuple[str, str, Tensor]]:
+    """Gather every parameter and state by DeepSpeed's own functions: another way than a save's."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    engine._link_states()
+    for name, parameter in engine._parameters():
+        for state in STATES:
+            if engine.stage == 0:
+                plain = engine._engine.optimizer.state[parameter]
+                value = parameter.detach() if state == "weight" else plain[state]
+            elif state == "weight":
+                value = safe_get_full_fp32_param(parameter)
+            else:
+                value = safe_get_full_optimizer_state(parameter, state)
+            yield name, state, value.reshape(engine.parameter_shapes[name])
+
+
 def fingerprints(state: Iterator[tuple[str, str, Tensor]]) -> dict[str, str]:
     """Hash the bits of every (parameter, state)."""
     found = {}
@@ -196,8 +213,8 @@ def run_train(case: dict[str, Any]) -> dict[str, Any]:
     losses, norms = take_steps(engine, case, 0, steps)
     answer: dict[str, Any] = {"losses": losses, "norms": norms, "stage": engine.stage}
     if "save" in case:
-        checkpoint.save_checkpoint(engine, Path(case["save"]), step=steps, position={}, run={})
-        answer["state"] = fingerprints(engine.read_state())
+        saver.save_checkpoint(engine, Path(case["save"]), step=steps, position={}, run={})
+        answer["state"] = fingerprints(read_state(engine))
         answer["more"] = take_steps(engine, case, steps, steps + more)[0]
     batches = microbatches(0, dist.get_rank(), ranks)
     nats, tokens = engine.evaluate([batch.to(engine.device) for batch in batches])
@@ -215,7 +232,7 @@ def run_load(case: dict[str, Any]) -> dict[str, Any]:
         assert found is not None
         checkpoint.load_checkpoint(engine, *found)
         step = found[1].step
-        state = fingerprints(engine.read_state())
+        state = fingerprints(read_state(engine))
         losses, _ = take_steps(engine, case, step, step + case["more"])
         answer[name] = {"state": state, "more": losses}
     engine.close()
@@ -225,7 +242,7 @@ def run_load(case: dict[str, Any]) -> dict[str, Any]:
 def run_refused(case: dict[str, Any]) -> dict[str, Any]:
     """Load a checkpoint that does not belong to the model."""
     engine = build_engine(case, dist.get_world_size())
-    before = fingerprints(engine.read_state())
+    before = fingerprints(read_state(engine))
     found = checkpoint.newest_checkpoint(Path(case["source"]))
     assert found is not None
     error = None
@@ -233,7 +250,7 @@ def run_refused(case: dict[str, Any]) -> dict[str, Any]:
         checkpoint.load_checkpoint(engine, *found)
     except ShoalError as raised:
         error = [type(raised).__name__, str(raised)]
-    untouched = fingerprints(engine.read_state()) == before
+    untouched = fingerprints(read_state(engine)) == before
     engine.close()
     return {"error": error, "untouched": untouched}
 
@@ -244,12 +261,14 @@ class Source:
     step = -1
     """The last that was asked for."""
 
-    def __init__(self, rank: int, ranks: int) -> None:
-        self.rank, self.ranks = rank, ranks
+    def __init__(self, rank: int, ranks: int, befall: Callable[[int], None] | None = None) -> None:
+        self.rank, self.ranks, self.befall = rank, ranks, befall
         self.rows: dict[int, list[int]] = {}
 
     def microbatches(self, step: int) -> list[Batch]:
         Source.step = step
+        if self.befall:
+            self.befall(step)
         batches = microbatches(step, self.rank, self.ranks)
         self.rows[step] = [int(row) for batch in batches for row in batch.row_ids]
         return batches
@@ -273,7 +292,13 @@ def run_config(case: dict[str, Any]) -> RunConfig:
                 "zero_stage": case["stage"],
                 "max_skipped_steps": 3,
             },
-            "checkpoint": {"every_steps": case.get("every_steps", 100), "keep": 2},
+            "checkpoint": {
+                "every_steps": case.get("every_steps", 100),
+                "keep": 2,
+                "resume": case.get("resume", "auto"),
+                "compare_every": case.get("compare_every", 100),
+                "allow_changes": case.get("allow_changes", []),
+            },
             "validation": {"every_steps": case.get("validate_every", 100)},
         }
     )
@@ -283,8 +308,15 @@ def run_loop(case: dict[str, Any], **more: Any) -> dict[str, Any]:
     """Run the training loop; with `stop_after`, a stop is requested after so many of its steps."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     config = run_config(case)
-    source = more.pop("source", None) or Source(rank, ranks)
     engine = more.pop("engine", None) or build_engine({**case, "seed": config.seed}, ranks)
+
+    def flip_bit(step: int) -> None:
+        if (step, rank) == case["flip"]:
+            weight = next(iter(engine.objective.parameters())).data.view(torch.int32).view(-1)
+            weight[3] ^= 1 << 20
+
+    befall = flip_bit if "flip" in case else None
+    source = more.pop("source", None) or Source(rank, ranks, befall)
     folder = Path(case["folder"])
     folder.mkdir(parents=True, exist_ok=True)
     facts = loop.RunFacts(

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 
-from shoal.trainer import checkpoint
+from shoal.trainer import saver
 from shoal.trainer.engine import STATES
 
 POINTS = (
@@ -36,15 +36,17 @@ class StateOnly:
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def read_state(self):
+    parameter_shapes = {"a": (3, 5), "b": (7,), "empty gain": (1,)}
+
+    def read_slices(self):
         generator = torch.Generator().manual_seed(self.step)
-        for name, shape in {"a": (3, 5), "b": (7,), "empty gain": (1,)}.items():
+        for name, shape in self.parameter_shapes.items():
             for state in STATES:
-                yield name, state, torch.randn(shape, generator=generator)
+                yield name, state, 0, torch.randn(shape, generator=generator)
 
 
 def save(root: Path, step: int) -> Path:
-    return checkpoint.save_checkpoint(
+    return saver.save_checkpoint(
         StateOnly(step), root, step=step, position={"streams": [["x", 1.0]]}, run={"seed": 1}
     )
 
@@ -79,7 +81,7 @@ def save_and_die(root: Path, point: str) -> None:
         Path.rename = die  # type: ignore[method-assign, assignment]
     else:
         syncs = [p for p in POINTS if p.endswith("unsynced")]
-        checkpoint.sync = after(syncs.index(point), checkpoint.sync)
+        saver.sync = after(syncs.index(point), saver.sync)
     save(root, 2)
 
 

@@ -9,57 +9,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 from engine_ranks import CONTEXT, ROWS
-from rank_groups import free_port, rank_environment
+from loop_runs import STEPS, curve, make_case, run, steps_on_disk
 
-from shoal.configs.errors import ConfigError, DataError, NonFiniteLossError, StoppedOnRequest
+from shoal.configs.errors import (
+    ConfigError,
+    DataError,
+    StoppedOnRequest,
+)
 from shoal.kernels.backend import Kernels
 from shoal.trainer import checkpoint
-from shoal.trainer.engine import start_process_group, stop_process_group
+from shoal.trainer.identity import check_same_inputs, check_same_run
 from shoal.trainer.ledger import read_ledger
-from shoal.trainer.loop import (
-    Validation,
-    check_same_inputs,
-    check_same_run,
-    dropout_seed,
-)
+from shoal.trainer.loop import Validation, dropout_seed
 from shoal.trainer.metrics import read_metrics
 from shoal.trainer.model import Transformer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("process_group")]
 
-STEPS = 6
 # Losses near 4 have an ulp of 5e-7; other ranks sum in another order, for up to 6 steps.
 SUMMATION_ORDER = 5e-6
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    """One rank, in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in rank_environment(0, 1, free_port()).items():
-            patch.setenv(name, value)
-        start_process_group(torch.device("cpu"), timeout_seconds=60)
-        yield
-        stop_process_group()
-
-
-def make_case(folder, **more):
-    return {"kind": "dense", "stage": 0, "steps": STEPS, "folder": str(folder), **more}
-
-
-def run(folder, **more):
-    """Run the loop here; raise what it raised."""
-    extra = {key: more.pop(key) for key in ("source", "engine", "validation", "position")
-             if key in more}  # fmt: skip
-    return engine_ranks.run_loop(make_case(folder, **more), **extra)
-
-
-def curve(folder, kind="train", key="loss"):
-    return {r["step"]: r[key] for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == kind}
-
-
-def steps_on_disk(folder):
-    return sorted(int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*"))
 
 
 @pytest.fixture(scope="module")
@@ -182,107 +150,41 @@ def test_a_finished_run_costs_nothing(tmp_path, whole):
 def test_a_stop_before_the_first_step_saves_nothing(tmp_path):
     answer = run(tmp_path / "run", stop_after=0)
     assert answer["error"][0] == StoppedOnRequest.__name__
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert steps_on_disk(tmp_path / "run") == []
+
+
+def test_a_run_goes_on_from_another_ones_checkpoint(whole, tmp_path):
+    straight, _ = whole()
+    source = tmp_path / "first"
+    run(source, every_steps=2, stop_after=4)
+    for resume in (source, source / "checkpoints" / checkpoint.checkpoint_name(4)):
+        folder = tmp_path / f"from-{resume.name}"
+        assert run(folder, resume=str(resume))["error"] is None
+        assert list(curve(folder)) == [5, 6], "its own record begins there"
+        assert curve(folder) == {step: curve(straight)[step] for step in (5, 6)}
+    before = steps_on_disk(folder)
+    assert run(folder, resume=str(tmp_path / "nowhere"))["error"] is None, "it has its own by now"
+    assert steps_on_disk(folder) == before
+
+
+def test_nothing_to_go_on_from_is_no_fresh_start(tmp_path):
+    (tmp_path / "empty").mkdir()
+    answer = run(tmp_path / "run", resume=str(tmp_path / "empty"))
+    assert (
+        answer["error"][0] == DataError.__name__ and "there is no checkpoint" in answer["error"][1]
+    )
+    assert not curve(tmp_path / "run") and not steps_on_disk(tmp_path / "run")
+
+
+def test_a_change_may_be_allowed_by_name(tmp_path):
+    run(tmp_path / "run", stop_after=3)
+    changed = {"optim": {"lr": 0.02}}
+    refused = run(tmp_path / "run", **changed)["error"]
+    assert refused[0] == ConfigError.__name__ and "optim.lr (was 0.01, now 0.02)" in refused[1]
+    assert run(tmp_path / "run", **changed, allow_changes=["optim.lr"])["error"] is None
 
 
 # Refusing.
-
-
-class Poisoned(engine_ranks.Source):
-    """Destroys a weight of the engine before a step."""
-
-    def __init__(self, engine, step):
-        super().__init__(0, 1)
-        self.engine, self.poisoned = engine, step
-
-    def microbatches(self, step):
-        if step == self.poisoned:
-            self.engine.objective.model.final_norm.weight.data.fill_(float("nan"))
-        return super().microbatches(step)
-
-
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_step_with_a_gradient_that_is_no_number_is_left_out(ranks, tmp_path, stage):
-    folder = tmp_path / "run"
-    broken = {"steps": [3], "rank": 1}
-    answer = ranks(2).run({"a": make_case(folder, run="loop", stage=stage, broken=broken)})["a"]
-    assert answer["error"] is None
-    reference = engine_ranks.train_plain(make_case(folder, left_out=[3]))["losses"]
-    found = curve(folder)
-    assert list(found) == [step for step in range(1, STEPS + 1) if step != 4]
-    assert list(found.values()) == pytest.approx([*reference[:3], *reference[4:]], abs=1e-4)
-    assert curve(folder, "skipped", "rows") == {4: [12, 13, 14, 15]}, "those of all ranks"
-    assert curve(folder, "skipped", "grad_norm")[4] in ("nan", "inf")
-
-
-def test_what_was_left_out_is_remembered_by_a_checkpoint(tmp_path):
-    broken = {"steps": [1]}
-    assert run(tmp_path / "whole", broken=broken)["error"] is None
-    assert run(tmp_path / "run", broken=broken, stop_after=4)["error"] is not None
-    assert run(tmp_path / "run", broken=broken)["error"] is None
-    last = checkpoint.checkpoint_name(STEPS)
-    whole, resumed = (
-        checkpoint.verify_checkpoint(tmp_path / name / "checkpoints" / last)
-        for name in ("whole", "run")
-    )
-    assert whole.files == resumed.files, "bit for bit: the optimiser counts its updates, not steps"
-    assert resumed.position["skipped"] == 1
-    assert curve(tmp_path / "run", "skipped", "rows") == {2: [4, 5, 6, 7]}
-
-
-def test_broken_weights_are_not_saved_and_left_behind(tmp_path):
-    folder = tmp_path / "run"
-    engine = engine_ranks.build_engine(make_case(folder), 1)
-    source, steps = Poisoned(engine, 3), 10
-    answer = run(folder, steps=steps, every_steps=2, engine=engine, source=source)
-    assert answer["error"] is None
-    # From the fourth on four steps in a row; then on from step 2 with the batches after those.
-    assert list(source.rows) == list(range(steps + 5))
-    assert list(curve(folder)) == list(range(1, steps + 1))
-    assert list(curve(folder, "skipped", "rows")) == [4, 5, 6, 7]
-    last = checkpoint.verify_checkpoint(folder / "checkpoints" / checkpoint.checkpoint_name(steps))
-    assert last.position["passed_over"] == 5
-
-
-def test_a_run_in_which_no_step_can_be_taken_ends(tmp_path):
-    folder = tmp_path / "run"
-    answer = run(folder, broken={"steps": list(range(100))}, every_steps=2)
-    kind, text = answer["error"]
-    assert kind == NonFiniteLossError.__name__
-    assert "4 steps in a row cannot be taken; step 4 has loss" in text
-    assert "[12, 13, 14, 15]" in text and "newest checkpoint is step 0" in text
-    assert not (folder / "checkpoints").exists()
-    assert [entry.note for entry in read_ledger(folder / "ledger.jsonl")] == ["steps 0 to 4"]
-
-
-def test_a_run_that_went_back_in_vain_ends(tmp_path):
-    folder = tmp_path / "run"
-    answer = run(folder, steps=10, broken={"steps": list(range(2, 100))}, every_steps=2)
-    assert answer["error"][0] == NonFiniteLossError.__name__
-    assert steps_on_disk(folder) == [2]
-    assert list(answer["rows"]) == list(range(10)), "twice four of them left out"
-
-
-def test_a_run_does_not_end_with_weights_that_are_no_numbers(tmp_path):
-    folder = tmp_path / "run"
-    engine = engine_ranks.build_engine(make_case(folder), 1)
-    batches = engine_ranks.microbatches(0, 0, 1)
-    answer = run(
-        folder,
-        engine=engine,
-        source=Poisoned(engine, STEPS - 1),
-        validation=Validation(batches, text_bytes=100),
-    )
-    assert answer["error"][0] == NonFiniteLossError.__name__
-    assert "the validation loss is nan" in answer["error"][1]
-    assert steps_on_disk(folder) == []
-
-
-def test_every_rank_ends_at_losses_that_are_no_numbers(ranks, tmp_path):
-    case = make_case(tmp_path / "run", run="loop", stage=2, optim={"lr": 1e30, "clip_norm": 0.0})
-    answer = ranks(2).run({"a": case})["a"]
-    assert answer["error"][0] == NonFiniteLossError.__name__ and not steps_on_disk(tmp_path / "run")
-    assert ranks(2).run({"b": make_case(tmp_path / "b", run="loop", stage=2)})["b"]["error"] is None
 
 
 CHANGES = {
@@ -382,7 +284,8 @@ def test_metrics_hold_every_step_once_after_a_kill(whole, tmp_path):
 
 def test_records_say_what_was_done(whole):
     folder, _ = whole("moe")
-    start, *steps = read_metrics(folder / "metrics.jsonl")
+    start, *steps, saved = read_metrics(folder / "metrics.jsonl")
+    assert (saved["kind"], saved["step"]) == ("checkpoint", STEPS) and saved["seconds"] > 0
     assert start == {"kind": "start", "step": 0, "ranks": 1, "device": "cpu"}
     for record in steps:
         step = record["step"]
@@ -442,7 +345,7 @@ def test_validation_in_bits_per_byte(tmp_path, kind):
     answer = run(folder, kind=kind, validation=validation, validate_every=4)
     assert list(curve(folder, "validation")) == [4, 6]  # every 4 steps, and at the end
     nats, count = spell_out_validation(folder, kind, batches)
-    record = read_metrics(folder / "metrics.jsonl")[-1]
+    record = [r for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == "validation"][-1]
     # fp32 sums of about 120 terms against fp64.
     assert record["loss"] == answer["loss"] == pytest.approx(nats / count, rel=1e-6)
     assert record["bits_per_byte"] == pytest.approx(nats / math.log(2) / 400, rel=1e-6)

@@ -1,0 +1,127 @@
+"""Steps that cannot be taken, weights that are not alike: left out, gone back from, refused."""
+
+import engine_ranks
+import pytest
+from loop_runs import STEPS, curve, make_case, run, steps_on_disk
+
+from shoal.configs.errors import NonFiniteLossError, ReplicaError
+from shoal.trainer import checkpoint
+from shoal.trainer.ledger import read_ledger
+from shoal.trainer.loop import Validation
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("process_group")]
+
+
+class Poisoned(engine_ranks.Source):
+    """Destroys a weight of the engine before a step."""
+
+    def __init__(self, engine, step):
+        super().__init__(0, 1)
+        self.engine, self.poisoned = engine, step
+
+    def microbatches(self, step):
+        if step == self.poisoned:
+            self.engine.objective.model.final_norm.weight.data.fill_(float("nan"))
+        return super().microbatches(step)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_step_with_a_gradient_that_is_no_number_is_left_out(ranks, tmp_path, stage):
+    folder = tmp_path / "run"
+    broken = {"steps": [3], "rank": 1}
+    answer = ranks(2).run({"a": make_case(folder, run="loop", stage=stage, broken=broken)})["a"]
+    assert answer["error"] is None
+    reference = engine_ranks.train_plain(make_case(folder, left_out=[3]))["losses"]
+    found = curve(folder)
+    assert list(found) == [step for step in range(1, STEPS + 1) if step != 4]
+    assert list(found.values()) == pytest.approx([*reference[:3], *reference[4:]], abs=1e-4)
+    assert curve(folder, "skipped", "rows") == {4: [12, 13, 14, 15]}, "those of all ranks"
+    assert curve(folder, "skipped", "grad_norm")[4] in ("nan", "inf")
+
+
+def test_what_was_left_out_is_remembered_by_a_checkpoint(tmp_path):
+    broken = {"steps": [1]}
+    assert run(tmp_path / "whole", broken=broken)["error"] is None
+    assert run(tmp_path / "run", broken=broken, stop_after=4)["error"] is not None
+    assert run(tmp_path / "run", broken=broken)["error"] is None
+    last = checkpoint.checkpoint_name(STEPS)
+    whole, resumed = (
+        checkpoint.verify_checkpoint(tmp_path / name / "checkpoints" / last)
+        for name in ("whole", "run")
+    )
+    assert whole.files == resumed.files, "bit for bit: the optimiser counts its updates, not steps"
+    assert resumed.position["skipped"] == 1
+    assert curve(tmp_path / "run", "skipped", "rows") == {2: [4, 5, 6, 7]}
+
+
+def test_broken_weights_are_not_saved_and_left_behind(tmp_path):
+    folder = tmp_path / "run"
+    engine = engine_ranks.build_engine(make_case(folder), 1)
+    source, steps = Poisoned(engine, 3), 10
+    answer = run(folder, steps=steps, every_steps=2, engine=engine, source=source)
+    assert answer["error"] is None
+    # From the fourth on four steps in a row; then on from step 2 with the batches after those.
+    assert list(source.rows) == list(range(steps + 5))
+    assert list(curve(folder)) == list(range(1, steps + 1))
+    assert list(curve(folder, "skipped", "rows")) == [4, 5, 6, 7]
+    last = checkpoint.verify_checkpoint(folder / "checkpoints" / checkpoint.checkpoint_name(steps))
+    assert last.position["passed_over"] == 5
+
+
+def test_a_run_in_which_no_step_can_be_taken_ends(tmp_path):
+    folder = tmp_path / "run"
+    answer = run(folder, broken={"steps": list(range(100))}, every_steps=2)
+    kind, text = answer["error"]
+    assert kind == NonFiniteLossError.__name__
+    assert "4 steps in a row cannot be taken; step 4 has loss" in text
+    assert "[12, 13, 14, 15]" in text and "newest checkpoint is step 0" in text
+    assert steps_on_disk(folder) == []
+    assert [entry.note for entry in read_ledger(folder / "ledger.jsonl")] == ["steps 0 to 4"]
+
+
+def test_a_run_that_went_back_in_vain_ends(tmp_path):
+    folder = tmp_path / "run"
+    answer = run(folder, steps=10, broken={"steps": list(range(2, 100))}, every_steps=2)
+    assert answer["error"][0] == NonFiniteLossError.__name__
+    assert steps_on_disk(folder) == [2]
+    assert list(answer["rows"]) == list(range(10)), "twice four of them left out"
+
+
+def test_a_run_does_not_end_with_weights_that_are_no_numbers(tmp_path):
+    folder = tmp_path / "run"
+    engine = engine_ranks.build_engine(make_case(folder), 1)
+    batches = engine_ranks.microbatches(0, 0, 1)
+    answer = run(
+        folder,
+        engine=engine,
+        source=Poisoned(engine, STEPS - 1),
+        validation=Validation(batches, text_bytes=100),
+    )
+    assert answer["error"][0] == NonFiniteLossError.__name__
+    assert "the weights are no numbers" in answer["error"][1]
+    assert steps_on_disk(folder) == []
+
+
+def test_every_rank_ends_at_losses_that_are_no_numbers(ranks, tmp_path):
+    case = make_case(tmp_path / "run", run="loop", stage=2, optim={"lr": 1e30, "clip_norm": 0.0})
+    answer = ranks(2).run({"a": case})["a"]
+    assert answer["error"][0] == NonFiniteLossError.__name__ and not steps_on_disk(tmp_path / "run")
+    assert ranks(2).run({"b": make_case(tmp_path / "b", run="loop", stage=2)})["b"]["error"] is None
+
+
+@pytest.mark.parametrize("every", [{"compare_every": 1}, {"every_steps": 4}], ids=["own", "save"])
+def test_a_bit_that_flips_on_one_rank_is_found_and_never_saved(ranks, tmp_path, every):
+    case = make_case(tmp_path / "run", run="loop", flip=(3, 1), **{"every_steps": 2, **every})
+    answer = ranks(3).run({"a": case})["a"]
+    kind, text = answer["error"]
+    assert kind == ReplicaError.__name__
+    assert "the weights of rank 1 are not those of the others after step 4" in text
+    assert steps_on_disk(tmp_path / "run") == ([2] if case["every_steps"] == 2 else [])
+    again = ranks(3).run({"b": {**case, "flip": None}})["b"]
+    assert again["error"] is None
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_sound_replicas_are_alike_at_every_stage(ranks, tmp_path, stage):
+    case = make_case(tmp_path / "run", run="loop", stage=stage, compare_every=1)
+    assert ranks(3).run({"a": case})["a"]["error"] is None
