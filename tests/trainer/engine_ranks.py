@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -21,6 +23,7 @@ from torch import Tensor
 from shoal.configs.errors import ShoalError
 from shoal.configs.schema import ModelConfig, MoEConfig, OptimConfig, RunConfig, TrainConfig
 from shoal.data_pipeline.batch import IGNORE, PADDING_ROW, Batch
+from shoal.data_pipeline.loader import Loader
 from shoal.kernels.backend import Kernels
 from shoal.trainer import checkpoint, loop, saver
 from shoal.trainer.engine import STATES, Engine, start_process_group, stop_process_group
@@ -274,6 +277,53 @@ class Source:
         return batches
 
 
+class TokenRows:
+    """Shards as a loader sees them, made up: every token determines most of the next one."""
+
+    def __init__(self, count: int) -> None:
+        facts = {"rows": count, "context": CONTEXT, "eot_id": 0, "tokenizer_fingerprint": "none"}
+        self.manifest = SimpleNamespace(**facts)
+        self._tokens = torch.cat(
+            [torch.cat([x, t[:, -1:].clamp(min=0)], 1) for x, t in map(global_batch, range(count))]
+        ).numpy()[:count]
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def gather(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self._tokens[numbers], np.zeros((len(numbers), CONTEXT), dtype=np.int32)
+
+
+class LoaderSource(Source):
+    """The loader of real runs, over two streams, that remembers what it was asked for."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        super().__init__(rank, ranks)
+        self.loader = Loader(
+            [(TokenRows(13), 2.0), (TokenRows(7), 1.0)],  # type: ignore[list-item]
+            seed=3,
+            batch_rows=ROWS,
+            micro_batch_rows=1,
+            rank=rank,
+            num_ranks=ranks,
+        )
+
+    def microbatches(self, step: int) -> list[Batch]:
+        batches = self.loader.microbatches(step)
+        self.rows[step] = [int(row) for batch in batches for row in batch.row_ids]
+        return batches
+
+
+def gather_rows(source: Source) -> dict[int, list[int]]:
+    """Return the keys of the rows that all ranks took of every step, in the order of ranks."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, source.rows)
+    return {
+        step: [row for rows in found for row in rows[step] if row != PADDING_ROW]
+        for step in source.rows
+    }
+
+
 def run_config(case: dict[str, Any]) -> RunConfig:
     """Return the config of a `loop` case: `folder` is where it lives, `steps` its length."""
     folder = Path(case["folder"])
@@ -316,7 +366,9 @@ def run_loop(case: dict[str, Any], **more: Any) -> dict[str, Any]:
             weight[3] ^= 1 << 20
 
     befall = flip_bit if "flip" in case else None
-    source = more.pop("source", None) or Source(rank, ranks, befall)
+    source = more.pop("source", None)
+    if source is None:
+        source = LoaderSource(rank, ranks) if "loader" in case else Source(rank, ranks, befall)
     folder = Path(case["folder"])
     folder.mkdir(parents=True, exist_ok=True)
     facts = loop.RunFacts(
@@ -332,7 +384,8 @@ def run_loop(case: dict[str, Any], **more: Any) -> dict[str, Any]:
         error = [type(raised).__name__, str(raised)]
     finally:
         engine.close()
-    return {"error": error, "loss": loss, "rows": source.rows}
+    answer = {"error": error, "loss": loss, "rows": source.rows}
+    return answer | ({"keys": gather_rows(source)} if "loader" in case else {})
 
 
 RUNNERS = {"train": run_train, "load": run_load, "refused": run_refused, "loop": run_loop}

@@ -11,7 +11,13 @@ from typing import Any
 import engine_ranks
 
 # Imported once, in the server that ranks are forked from: 5 s of the 6 s that a rank's start takes.
-PRELOADED = ["deepspeed", "torch._dynamo", "shoal.trainer.loop", "shoal.trainer.objective"]
+PRELOADED = [
+    "deepspeed",
+    "torch._dynamo",
+    "shoal.data_pipeline.loader",
+    "shoal.trainer.loop",
+    "shoal.trainer.objective",
+]
 
 
 def free_port() -> int:
