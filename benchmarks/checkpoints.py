@@ -72,14 +72,16 @@ def main() -> None:
 def measure(scale: Scale, device: Any, folder: Path) -> Iterator[Claim]:
     """Yield the claims of one device."""
     from benchmarks.contestants import EngineLoop, build_objective
+    from shoal.trainer.checkpoint import Retention
     from shoal.trainer.saver import Saver
+    from shoal.trainer.stores import SharedFolder
 
     config = model_config(scale)
     loop = EngineLoop(
         build_objective(config, "bf16", device), "bf16", make_batches(scale, device), device
     )
     loop.step()
-    saver, numbers = Saver(folder / "ours", keep=1), itertools.count(1)
+    saver, numbers = Saver(SharedFolder(folder / "ours"), Retention(1)), itertools.count(1)
     parameters = sum(p.numel() for p in loop.engine.objective.parameters())
     setup = {"parameters": parameters, "device": device.type, "precision": "bf16", "ranks": 1}
 

@@ -240,6 +240,13 @@ class CheckpointConfig(Section):
 
     every_steps: Count = 200
     keep: Count = Field(2, description="newest checkpoints kept")
+    milestone_every: Count | None = Field(
+        None, description="those of every so many steps are kept for good"
+    )
+    keep_best: bool = Field(
+        False,
+        description="keep the one with the lowest validation loss as well; each is then validated",
+    )
     resume: str = Field(
         "auto",
         description="auto: go on from the newest of this run; never: refuse to if there is one; "
@@ -253,6 +260,15 @@ class CheckpointConfig(Section):
     allow_changes: tuple[str, ...] = Field(
         (), description="keys that may differ from the checkpoint's, for example optim.lr"
     )
+
+    @model_validator(mode="after")
+    def _milestones_are_saved(self) -> CheckpointConfig:
+        if self.milestone_every and self.milestone_every % self.every_steps:
+            raise ValueError(
+                f"milestone_every {self.milestone_every} is not a multiple of every_steps "
+                f"{self.every_steps}: there is no checkpoint of those steps"
+            )
+        return self
 
 
 class ValidationConfig(Section):
@@ -310,6 +326,12 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     world: WorldConfig = WorldConfig()
     ledger: LedgerConfig = LedgerConfig()
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> RunConfig:
+        if self.checkpoint.keep_best and not self.data.validation:
+            raise ValueError("checkpoint.keep_best needs data.validation to choose by")
+        return self
 
     def determinants(self) -> dict[str, Any]:
         """Return what decides the result, `section.key` -> plain value.

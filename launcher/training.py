@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import shutil
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     from shoal.data_pipeline.loader import Loader
     from shoal.data_pipeline.shards import Manifest
     from shoal.launcher.world import World
-    from shoal.trainer.loop import RunFacts, Validation
     from shoal.trainer.objective import Objective, Teacher
+    from shoal.trainer.segment import RunFacts, Validation
 
 LOCK_SECONDS = 10
 TIMEOUT_MARGIN = 60
@@ -59,6 +60,7 @@ def train(configs: Sequence[RunConfig], world: World) -> None:
 def _train_one(config: RunConfig, world: World, device: torch.device) -> None:
     from shoal.trainer.engine import Engine
     from shoal.trainer.loop import train as run_loop
+    from shoal.trainer.teamwork import raise_together
 
     folder = run_folder(config)
     lock = _lock(folder, world)
@@ -66,7 +68,7 @@ def _train_one(config: RunConfig, world: World, device: torch.device) -> None:
     config = resolve_run(config, corpus.manifest)
     position = corpus.identity() | _teacher_identity(config)
     _check_resume(folder, config, position)
-    _check_disk(folder, config)
+    raise_together(find_short_disk(folder, config))
     if world.rank == 0:
         write_text(folder / CONFIG_FILE, dump_config(config))
     objective = _build_objective(config, corpus, device)
@@ -117,46 +119,41 @@ def _teacher_identity(config: RunConfig) -> dict[str, Any]:
 
 def needed_bytes(folder: Path, config: RunConfig) -> int:
     """Return what the checkpoints of a run will take beyond what they take now."""
-    from shoal.trainer.checkpoint import BYTES_PER_PARAMETER, list_checkpoints
+    from shoal.trainer.checkpoint import BYTES_PER_PARAMETER, checkpoint_step, list_checkpoints
     from shoal.trainer.cost import count_parameters
 
+    rule = config.checkpoint
     done = list_checkpoints(folder / "checkpoints")
     written = sum(file.stat().st_size for checkpoint in done for file in checkpoint.glob("*"))
-    left = config.steps - (int(done[-1].name.removeprefix("step-")) if done else 0)
-    saves = -(-left // config.checkpoint.every_steps)
+    left = config.steps - (checkpoint_step(done[-1].name) if done else 0)
+    saves = -(-left // rule.every_steps)
     if saves <= 0:
         return 0
+    milestones = config.steps // rule.milestone_every if rule.milestone_every else 0
     # The newest lies beside those kept until it is whole.
-    most = min(config.checkpoint.keep + 1, len(done) + saves)
+    most = min(rule.keep + milestones + rule.keep_best + 1, len(done) + saves)
     return max(0, BYTES_PER_PARAMETER * count_parameters(config.model).total * most - written)
 
 
-def _check_disk(folder: Path, config: RunConfig) -> None:
-    """Refuse a run whose checkpoints cannot fit where they go.
-
-    Raises:
-        PreflightError: names what is needed and what is free.
-    """
-    needed = needed_bytes(folder, config)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise PreflightError(
-            f"checkpoints need {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
-            where=folder,
-            fix="free some space, write elsewhere (output=FOLDER), or lower checkpoint.keep",
-        )
+def find_short_disk(folder: Path, config: RunConfig) -> PreflightError | None:
+    """Return what is wrong if the checkpoints of a run cannot fit where they go."""
+    needed, free = needed_bytes(folder, config), shutil.disk_usage(folder).free
+    if needed <= free:
+        return None
+    return PreflightError(
+        f"checkpoints need {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on "
+        f"{socket.gethostname()}",
+        where=folder,
+        fix="free some space, write elsewhere (output=FOLDER), or lower checkpoint.keep",
+    )
 
 
 def _check_resume(folder: Path, config: RunConfig, position: dict[str, Any]) -> None:
     """Refuse to go on with another config or other inputs before anything is built or written."""
-    from shoal.trainer.checkpoint import find_checkpoint, list_checkpoints, read_manifest
+    from shoal.trainer.checkpoint import list_candidates, read_manifest
     from shoal.trainer.identity import check_same_inputs, check_same_run
 
-    own = list_checkpoints(folder / "checkpoints")
-    if not own and config.checkpoint.resume not in ("auto", "never"):
-        found = find_checkpoint(folder / "checkpoints", config.checkpoint.resume)
-        own = [found[0]] if found else []
-    for checkpoint in reversed(own):
+    for checkpoint in list_candidates(folder / "checkpoints", config.checkpoint.resume):
         try:
             manifest = read_manifest(checkpoint)
         except DataError:
@@ -200,7 +197,7 @@ def _build_loader(config: RunConfig, corpus: Corpus, world: World) -> Loader:
 
 def _run_facts(config: RunConfig, world: World, objective: Objective, stage: int) -> RunFacts:
     from shoal.trainer.cost import training_flops_per_token
-    from shoal.trainer.loop import RunFacts
+    from shoal.trainer.segment import RunFacts
 
     teacher = objective.teacher
     versions = {name: metadata.version(name) for name in ("torch", "deepspeed")}
@@ -262,7 +259,7 @@ def _validation(config: RunConfig, corpus: Corpus, world: World) -> Validation |
         return None
     from shoal.data_pipeline.loader import validation_batches
     from shoal.data_pipeline.tokenizer import Tokenizer
-    from shoal.trainer.loop import Validation
+    from shoal.trainer.segment import Validation
 
     batches, text_bytes = validation_batches(
         corpus.validation,

@@ -4,14 +4,19 @@ A checkpoint is a folder `step-00000100` with one safetensors file a rank and `m
 which lists for every file its size and SHA-256, and for every (parameter, state) the slices it is
 stored in as (file, key, offset, length): any number of ranks and any ZeRO stage can read it.
 Written aside, synced, renamed: a folder with this name is whole.
+
+Version 1 knew neither frozen parameters nor the validation loss; it is read as what it would be
+today (`_modernise`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +26,13 @@ from torch import Tensor
 
 from shoal.configs.errors import DataError
 from shoal.configs.load import first_problem
-from shoal.trainer.engine import STATES, Engine
+from shoal.trainer.optim import ADAM_STATES
 from shoal.trainer.storage import digest
+from shoal.trainer.teamwork import Tick
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
-BYTES_PER_PARAMETER = 4 * len(STATES)
+BYTES_PER_PARAMETER = 4 * (1 + len(ADAM_STATES))
 
 
 class StoredFile(BaseModel):
@@ -67,14 +73,16 @@ class Manifest(BaseModel):
     step: int
     position: dict[str, Any]
     run: dict[str, Any]
+    loss: float | None
+    """On the validation rows after this step, nats per token, where it was measured."""
     files: dict[str, StoredFile]
     tensors: dict[str, dict[str, StoredTensor]]
+    """By parameter, and what there is of it: a frozen one has a weight alone."""
     digest: str = ""
 
-    def compute_digest(self) -> str:
-        """Return the SHA-256 of everything but the digest."""
-        tree = self.model_dump(mode="json", exclude={"digest"})
-        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    def sealed(self) -> Manifest:
+        """Return it with its digest."""
+        return self.model_copy(update={"digest": _compute_digest(self.model_dump(mode="json"))})
 
 
 def checkpoint_name(step: int) -> str:
@@ -92,29 +100,53 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check a manifest.
+    """Read and check a manifest of this version or an older one.
 
     Raises:
-        DataError: not a checkpoint of ours, of another schema, or altered.
+        DataError: not a checkpoint of ours, of a newer version, or altered.
     """
     path = folder / MANIFEST
     try:
-        manifest = Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+        tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError("not a Shoal checkpoint: no manifest.json", where=folder) from None
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", where=path) from None
     except UnicodeDecodeError:
         raise DataError("not a Shoal checkpoint manifest: not UTF-8", where=path) from None
+    except ValueError as error:
+        raise DataError(f"not a Shoal checkpoint manifest: not JSON: {error}", where=path) from None
+    version = tree.get("schema_version") if isinstance(tree, dict) else None
+    if not isinstance(version, int) or version < 1:
+        raise DataError("not a Shoal checkpoint manifest: no schema_version", where=path)
+    if version > SCHEMA:
+        raise DataError(
+            f"was written by a newer Shoal (schema {version}); this one reads up to {SCHEMA}",
+            where=path,
+            fix="update Shoal",
+        )
+    try:
+        manifest = Manifest.model_validate(_modernise(tree, version))
     except ValidationError as error:
         raise DataError(
             f"not a Shoal checkpoint manifest: {first_problem(error)}", where=path
         ) from None
-    if manifest.schema_version != SCHEMA:
-        raise DataError(f"schema {manifest.schema_version}, this is schema {SCHEMA}", where=path)
-    if manifest.digest != manifest.compute_digest():
+    if manifest.digest != _compute_digest(tree):
         raise DataError("the manifest was altered: its digest does not match", where=path)
     return manifest
+
+
+def _modernise(tree: dict[str, Any], version: int) -> dict[str, Any]:
+    """Return the manifest of an older version as one of this version."""
+    if version == 1:  # which had no loss
+        tree = {"loss": None, **tree, "schema_version": 2}
+    return tree
+
+
+def _compute_digest(tree: dict[str, Any]) -> str:
+    """Return the SHA-256 of everything in a manifest but its digest."""
+    rest = {key: value for key, value in tree.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def verify_checkpoint(folder: Path) -> Manifest:
@@ -125,18 +157,26 @@ def verify_checkpoint(folder: Path) -> Manifest:
     """
     manifest = read_manifest(folder)
     for name, fact in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise DataError("checkpoint file is missing", where=path)
-        if path.stat().st_size != fact.bytes:
-            raise DataError(f"{path.stat().st_size} bytes, expected {fact.bytes}", where=path)
-        try:
-            found = digest(path)
-        except OSError as error:  # a bad disk
-            raise DataError(f"cannot be read: {error.strerror}", where=path) from None
-        if found != fact.sha256:
-            raise DataError("content was altered: SHA-256 does not match", where=path)
+        verify_file(folder / name, fact)
     return manifest
+
+
+def verify_file(path: Path, fact: StoredFile, tick: Tick = lambda: None) -> None:
+    """Check one file's size and hash.
+
+    Raises:
+        DataError: it is missing, truncated or altered.
+    """
+    if not path.is_file():
+        raise DataError("checkpoint file is missing", where=path)
+    if path.stat().st_size != fact.bytes:
+        raise DataError(f"{path.stat().st_size} bytes, expected {fact.bytes}", where=path)
+    try:
+        found = digest(path, tick)
+    except OSError as error:  # a bad disk
+        raise DataError(f"cannot be read: {error.strerror}", where=path) from None
+    if found != fact.sha256:
+        raise DataError("content was altered: SHA-256 does not match", where=path)
 
 
 def newest_checkpoint(
@@ -156,66 +196,43 @@ def newest_checkpoint(
             if warn:
                 warn(f"checkpoint passed over: {error}")
     if problems:
-        raise DataError(
-            "no checkpoint of this run is whole: " + "; ".join(problems),
-            where=root,
-            fix="restore a checkpoint, or start again under another name=",
-        )
+        raise none_is_whole(root, problems)
     return None
 
 
-def find_checkpoint(
-    root: Path, resume: str = "auto", warn: Callable[[str], object] | None = None
-) -> tuple[Path, Manifest] | None:
-    """Return what a run goes on from: its own newest checkpoint, or where it has none, another's.
+def none_is_whole(root: Path, problems: Sequence[str]) -> DataError:
+    """Return the error of a run whose every checkpoint is damaged."""
+    return DataError(
+        "no checkpoint of this run is whole: " + "; ".join(problems),
+        where=root,
+        fix="restore a checkpoint, or start again under another name=",
+    )
+
+
+def list_candidates(root: Path, resume: str = "auto") -> list[Path]:
+    """Return what a run may go on from, best first: its own checkpoints, else another's.
 
     Args:
         root: Folder of the run's own checkpoints.
         resume: `auto`, `never` (which its caller has made sure of), or a run or checkpoint.
-        warn: Told of each that is passed over as damaged.
 
     Raises:
-        DataError: all are damaged, or there is none where `resume` points.
+        DataError: there is none where `resume` points.
     """
-    own = newest_checkpoint(root, warn)
+    own = list_checkpoints(root)[::-1]
     if own or resume in ("auto", "never"):
         return own
     given = Path(resume)
     if (given / MANIFEST).is_file():
-        return given, verify_checkpoint(given)
-    found = newest_checkpoint(given / "checkpoints", warn)
-    if found is None:
+        return [given]
+    found = list_checkpoints(given / "checkpoints")[::-1]
+    if not found:
         raise DataError("there is no checkpoint", where=given, fix="checkpoint.resume=auto")
     return found
 
 
-def load_checkpoint(
-    engine: Engine, folder: Path, manifest: Manifest, updates: int | None = None
-) -> None:
-    """Put a verified checkpoint into the engine; collective, any ranks and stage.
-
-    `updates` says how many of its steps changed the weights; None: all.
-
-    Raises:
-        DataError: of another model; nothing was written.
-    """
-    stored = {name: states["weight"].shape for name, states in manifest.tensors.items()}
-    if stored != engine.parameter_shapes:
-        # By shape too: a slice of a smaller tensor would fit, silently, into a ZeRO-3 partition.
-        odd = sorted(name for name, _ in stored.items() ^ engine.parameter_shapes.items())
-        raise DataError(
-            f"holds other parameters than the model: {', '.join(dict.fromkeys(odd[:5]))}",
-            where=folder,
-        )
-    reader = TensorReader(folder, manifest)
-    for name in engine.parameter_names:
-        for state in STATES:
-            engine.write_state(name, state, reader.read(name, state))
-    engine.finish_writing(manifest.step if updates is None else updates)
-
-
 class TensorReader:
-    """Reassembles full tensors from the slices of a checkpoint."""
+    """Reassembles full tensors, or runs of their elements, from the slices of a checkpoint."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
@@ -224,29 +241,74 @@ class TensorReader:
 
     def read(self, name: str, state: str = "weight") -> Tensor:
         """Return one full fp32 tensor on the CPU."""
+        shape = self.manifest.tensors[name][state].shape
+        return self.read_run(name, state, 0, math.prod(shape)).reshape(shape)
+
+    def read_run(self, name: str, state: str, offset: int, length: int) -> Tensor:
+        """Return so many elements of one flattened tensor, fp32, on the CPU."""
         from safetensors import safe_open
 
-        stored = self.manifest.tensors[name][state]
-        flat = torch.empty(torch.Size(stored.shape).numel(), dtype=torch.float32)
-        for piece in stored.slices:
+        run = torch.empty(length, dtype=torch.float32)
+        for piece in self.manifest.tensors[name][state].slices:
+            first = max(offset, piece.offset)
+            last = min(offset + length, piece.offset + piece.length)
+            if first >= last:
+                continue
             if piece.file not in self._open:
                 self._open[piece.file] = safe_open(self.folder / piece.file, framework="pt")
-            part = self._open[piece.file].get_tensor(piece.key).flatten()
-            flat[piece.offset : piece.offset + piece.length] = part
-        return flat.reshape(stored.shape)
+            stored = self._open[piece.file].get_slice(piece.key)
+            run[first - offset : last - offset] = stored[first - piece.offset : last - piece.offset]
+        return run
 
 
-def remove_old(root: Path, keep: int, newest: int) -> None:
-    """Delete all but the newest `keep` checkpoints.
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay when a new one is there."""
 
-    `newest` is the step that was just saved. Folders of later steps were passed over as damaged
-    when this run resumed: they must not count among those kept.
-    """
-    found = list_checkpoints(root)
-    whole = [folder for folder in found if folder.name <= checkpoint_name(newest)]
-    for folder in set(found) - set(whole[-keep:]):
+    newest: int
+    """So many of the newest."""
+    milestone_every: int | None = None
+    """Those of every so many steps stay for good."""
+    best: bool = False
+    """So does the one with the lowest validation loss, until a better one is there."""
+
+    def choose(self, losses: Mapping[int, float | None], newest: int) -> set[int]:
+        """Return the steps to keep.
+
+        Args:
+            losses: Validation loss of every checkpoint, by step.
+            newest: The step that was just saved. Later ones were passed over as damaged when this
+                run resumed: they must not count among those kept.
+        """
+        steps = sorted(step for step in losses if step <= newest)
+        kept = set(steps[-self.newest :])
+        if self.milestone_every:
+            kept |= {step for step in steps if step % self.milestone_every == 0}
+        measured = [(loss, -step) for step in steps if (loss := losses[step]) is not None]
+        if self.best and measured:
+            kept.add(-min(measured)[1])
+        return kept
+
+
+def checkpoint_step(name: str) -> int:
+    """Return the step of a checkpoint's name."""
+    return int(name.removeprefix("step-"))
+
+
+def remove_old(root: Path, rule: Retention, newest: int) -> None:
+    """Delete the checkpoints of a folder that `rule` does not keep."""
+    found = {checkpoint_step(folder.name): folder for folder in list_checkpoints(root)}
+    losses = {step: read_loss(folder) if rule.best else None for step, folder in found.items()}
+    for step in found.keys() - rule.choose(losses, newest):
         # Renamed first: a kill in the middle must not leave a broken folder under a good name.
-        doomed = root / f".partial-old-{folder.name}"
-        folder.rename(doomed)
+        found[step].rename(root / f".partial-old-{found[step].name}")
     for leftover in root.glob(".partial-old-*"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def read_loss(folder: Path) -> float | None:
+    """Return the validation loss of a checkpoint, None where none was measured or it is damaged."""
+    try:
+        return read_manifest(folder).loss
+    except DataError:
+        return None

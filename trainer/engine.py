@@ -1,13 +1,9 @@
-"""The DeepSpeed door: one verb per optimiser step, and the full state by parameter name.
-
-Leans on internals of DeepSpeed 0.19 (pinned): where it keeps fp32 masters at each ZeRO stage, and
-how they reach the forward weights. `tests/trainer/test_checkpoint.py` is what holds this up.
-"""
+"""The DeepSpeed door: one verb per optimiser step, and the state by parameter name."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +15,10 @@ from shoal.configs.errors import PreflightError
 from shoal.configs.schema import OptimConfig, TrainConfig
 from shoal.data_pipeline.batch import Batch
 from shoal.trainer.objective import LossSums, Objective
-from shoal.trainer.optim import group_parameters
+from shoal.trainer.optim import build_optimizer
+from shoal.trainer.state import ShardedState, name_states
 
-STATES = ("weight", "exp_avg", "exp_avg_sq")
+MakeOptimizer = Callable[[nn.Module, OptimConfig], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -42,16 +39,6 @@ def resolve_zero_stage(config: TrainConfig, num_ranks: int) -> int:
     return 0 if num_ranks == 1 and config.precision == "fp32" else 1
 
 
-class _JudgedAdamW(torch.optim.AdamW):
-    """AdamW that updates nothing where `accepts` says so; ZeRO goes through its motions as ever."""
-
-    accepts: Callable[[], bool] = staticmethod(lambda: True)
-
-    def step(self, closure: Any = None) -> Any:
-        """Take a step of one group or of all, if the step as a whole is accepted."""
-        return super().step(closure) if self.accepts() else None
-
-
 class Engine:
     """DeepSpeed around an `Objective`; the same object on every ZeRO stage and device."""
 
@@ -63,8 +50,17 @@ class Engine:
         *,
         accumulation: int,
         device: torch.device,
+        make_optimizer: MakeOptimizer = build_optimizer,
     ) -> None:
         """Shard `objective` over the ranks of the running process group.
+
+        Args:
+            objective: What is trained; its parameters may be frozen in part.
+            optim: Of the optimiser and the clipping.
+            train: Precision, portions, sharding.
+            accumulation: Micro-batches of a step.
+            device: Of this rank.
+            make_optimizer: Returns a `Judged` one of the trainable parameters.
 
         Raises:
             PreflightError: DeepSpeed is not installed.
@@ -75,15 +71,18 @@ class Engine:
         self.clip_norm = optim.clip_norm
         self._shapes = {n: tuple(p.shape) for n, p in objective.model.named_parameters()}
         self._norm = torch.zeros(())
-        self._engine = _initialize(
-            objective, optim, _deepspeed_config(objective, optim, train, self.stage, accumulation)
+        optimizer = make_optimizer(objective, optim)
+        states = name_states(objective.model, optimizer.param_groups)
+        config = _deepspeed_config(objective, optim, train, self.stage, accumulation)
+        self._engine, *_ = _import_deepspeed().initialize(
+            model=objective, optimizer=optimizer, config=config
         )
-        self._ensure_states()
+        self._state = ShardedState(self._engine, self.stage, states)
 
     @property
-    def parameter_names(self) -> list[str]:
-        """Names of the model's parameters, in the one order every rank uses."""
-        return list(self._shapes)
+    def parameter_states(self) -> Mapping[str, tuple[str, ...]]:
+        """What there is of every parameter: `weight`, and what the optimiser keeps of it."""
+        return self._state.states
 
     @property
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -135,7 +134,7 @@ class Engine:
                 answers.append(accepts(totals.cross_entropy / tokens, self._grad_norm()))
             return answers[0]
 
-        self._basic_optimizer.accepts = judge
+        self._engine.basic_optimizer.accepts = judge
         if self.stage == 0:
             limit = self.clip_norm or float("inf")
             self._norm = nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit)
@@ -168,7 +167,7 @@ class Engine:
     def is_finite(self) -> bool:
         """Return whether every weight on every rank is a number; collective."""
         broken = torch.zeros(1, dtype=torch.int64, device=self.device)
-        for master in self._masters():
+        for master in self._state.masters():
             broken += (~torch.isfinite(master)).sum()
         dist.all_reduce(broken)
         return not int(broken)
@@ -183,12 +182,8 @@ class Engine:
         """
         if self.stage == 3:
             return []
-        held = [parameter.data for parameter in self._engine.module.parameters()]
-        if self.stage == 0:
-            held += [state[key] for state in self._basic_optimizer.state.values()
-                     for key in STATES[1:]]  # fmt: skip
         own = torch.zeros(1, dtype=torch.int64, device=self.device)
-        for tensor in held:
+        for tensor in self._state.replicas():
             bits = torch.int16 if tensor.dtype == torch.bfloat16 else torch.int32
             own += tensor.contiguous().view(bits).sum(dtype=torch.int64)
         sums = [torch.zeros_like(own) for _ in range(self.num_ranks)]
@@ -197,124 +192,27 @@ class Engine:
         most = max(found, key=lambda value: (found.count(value), value == found[0]))
         return [rank for rank, value in enumerate(found) if value != most]
 
-    # State by name. Writes are collective: every rank calls them, in the same order.
-
     def read_slices(self) -> Iterator[tuple[str, str, int, Tensor]]:
-        """Yield (parameter, state, offset, values) of what this rank holds, flat and in fp32.
+        """Yield (parameter, state, offset, values) of what this rank is to save, flat.
 
-        Not collective. The slices of all ranks make up every parameter and state exactly once; what
-        every rank holds alike (stage 0) is dealt out, parameter by parameter.
+        Not collective. The slices of all ranks make up every parameter and state exactly once.
         """
-        self._link_states()
-        rank = dist.get_rank()
-        for number, (name, parameter) in enumerate(self._parameters()):
-            if self.stage == 0 and number % self.num_ranks != rank:
-                continue
-            for state in STATES:
-                offset, values = self._own_slice(parameter, state)
-                if values.numel():
-                    yield name, state, offset, values
+        return self._state.slices(dealt=True)
 
-    def _own_slice(self, parameter: nn.Parameter, state: str) -> tuple[int, Tensor]:
-        """Return where this rank's part of a parameter's state begins, and the part."""
-        if self.stage == 0:
-            plain = self._engine.optimizer.state[parameter]
-            return 0, (parameter.detach() if state == "weight" else plain[state]).flatten()
-        if self.stage == 3:
-            from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
-
-            is_weight = state == "weight"
-            part = safe_get_local_fp32_param(parameter) if is_weight else (
-                safe_get_local_optimizer_state(parameter, state)
-            )  # fmt: skip
-            offset = dist.get_rank() * part.numel()
-            whole = int(parameter.ds_numel)  # type: ignore[attr-defined]  # of DeepSpeed
-            return offset, part.flatten()[: max(0, whole - offset)]  # the last one is padded
-        held = getattr(parameter, "_hp_mapping", None)
-        if held is None:  # all of it is on other ranks
-            return 0, torch.empty(0)
-        values = held.hp_fragment if state == "weight" else held.optim_fragment[state]
-        return int(held.lp_fragment_address.start), values
-
-    def write_state(self, name: str, state: str, value: Tensor) -> None:
-        """Set one full fp32 tensor; call `finish_writing` when all are set."""
-        parameter = dict(self._parameters())[name]
-        value = value.to(self.device)
-        if self.stage == 0:
-            plain = self._engine.optimizer.state[parameter]
-            target = parameter.data if state == "weight" else plain[state]
-            target.copy_(value)
-        elif self.stage == 3:
-            self._write_partition(parameter, state, value)
-        else:
-            from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-            if state == "weight":
-                safe_set_full_fp32_param(parameter, value)
-            else:
-                safe_set_full_optimizer_state(parameter, value, state)
+    def held_slices(self) -> Iterator[tuple[str, str, int, Tensor]]:
+        """Yield all this rank holds, to be written into; then call `finish_writing`."""
+        return self._state.slices(dealt=False)
 
     def finish_writing(self, step: int) -> None:
-        """Set the optimiser's step count and push the masters into the forward weights."""
-        for state in self._basic_optimizer.state.values():
-            state["step"].fill_(float(step))
-        self._engine.global_steps = step
-        if self.stage in (1, 2):
-            self._engine.optimizer.update_lp_params()
-        elif self.stage == 3:
-            for group in range(len(self._engine.optimizer.fp16_partitioned_groups_flat)):
-                self._engine.optimizer._reassign_or_swap_out_partitioned_parameters(group)
-            # Small parameters stay gathered between steps: gather them again from what was set.
-            if persistent := self._engine.optimizer.persistent_parameters:
-                persistent[0].partition(persistent)
-                persistent[0].all_gather(persistent)
+        """Set the optimiser's step count, and bring what was written to the forward weights.
+
+        Collective.
+        """
+        self._state.finish_writing(step)
 
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers."""
         self._engine.destroy()
-
-    @property
-    def _basic_optimizer(self) -> _JudgedAdamW:
-        return self._engine.basic_optimizer  # type: ignore[no-any-return]
-
-    def _parameters(self) -> list[tuple[str, nn.Parameter]]:
-        by_name = dict(self._engine.module.model.named_parameters())
-        return [(name, by_name[name]) for name in self._shapes]
-
-    def _masters(self) -> list[Tensor]:
-        """The tensors the optimiser updates on this rank."""
-        if self.stage == 3:
-            return list(self._engine.optimizer.fp32_partitioned_groups_flat)
-        return [p for group in self._basic_optimizer.param_groups for p in group["params"]]
-
-    def _ensure_states(self) -> None:
-        """Create zero moments now, so that a fresh run and a resumed one hold the same state."""
-        for master in self._masters():
-            self._basic_optimizer.state[master] = {
-                "step": torch.zeros((), dtype=torch.float32, device=master.device),
-                "exp_avg": torch.zeros_like(master),
-                "exp_avg_sq": torch.zeros_like(master),
-            }
-        self._link_states()
-
-    def _link_states(self) -> None:
-        """Let DeepSpeed's fragments point at the moments; it does so for group 0 alone."""
-        if self.stage in (1, 2):
-            self._engine.optimizer._hp_optimizer_states_linked = False
-            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-    def _write_partition(self, parameter: nn.Parameter, state: str, value: Tensor) -> None:
-        """Write this rank's slice at stage 3; DeepSpeed's own full setter fails on a ragged end."""
-        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
-
-        length = parameter.ds_tensor.numel()  # type: ignore[attr-defined]  # of DeepSpeed
-        flat = torch.zeros(length * self.num_ranks, device=value.device)
-        flat[: value.numel()] = value.flatten()
-        mine = flat.narrow(0, dist.get_rank() * length, length)
-        if state == "weight":
-            safe_set_local_fp32_param(parameter, mine)
-        else:
-            safe_set_local_optimizer_state(parameter, mine, state)
 
 
 def start_process_group(device: torch.device, timeout_seconds: int) -> None:
@@ -360,19 +258,6 @@ def _import_deepspeed() -> Any:
 
     logger.setLevel(logging.ERROR)
     return deepspeed
-
-
-def _initialize(objective: Objective, optim: OptimConfig, config: dict[str, Any]) -> Any:
-    deepspeed = _import_deepspeed()
-    optimizer = _JudgedAdamW(
-        group_parameters(objective, optim),
-        lr=optim.lr,
-        betas=optim.betas,
-        eps=optim.eps,
-        fused=True,
-    )
-    engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=config)
-    return engine
 
 
 def _deepspeed_config(

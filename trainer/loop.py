@@ -6,59 +6,26 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from shoal.configs.errors import (
-    NonFiniteLossError,
-    ReplicaError,
-    ShoalError,
-    StoppedOnRequest,
-)
+from shoal.configs.errors import NonFiniteLossError, ReplicaError, StoppedOnRequest
 from shoal.configs.schema import RunConfig
 from shoal.data_pipeline.batch import Batch
-from shoal.trainer import checkpoint
 from shoal.trainer.anomaly import AnomalyDetector
+from shoal.trainer.booking import Booking
+from shoal.trainer.checkpoint import Retention
 from shoal.trainer.engine import Engine
 from shoal.trainer.identity import check_same_inputs, check_same_run
-from shoal.trainer.ledger import LedgerEntry, append_entry, now
 from shoal.trainer.metrics import Metrics
 from shoal.trainer.optim import learning_rate
+from shoal.trainer.resumption import find_checkpoint, load_checkpoint
 from shoal.trainer.saver import Saver
-
-
-class BatchSource(Protocol):
-    """What the loop needs of a loader: the rows of any step, from nothing but its number."""
-
-    def microbatches(self, step: int) -> list[Batch]:
-        """Return this rank's micro-batches of a step, equally many on every rank."""
-        ...
-
-
-@dataclass(frozen=True)
-class Validation:
-    """Batches of this rank, and what turns nats per token into bits per byte."""
-
-    batches: Sequence[Batch]
-    text_bytes: int
-    """UTF-8 bytes that the scored targets stand for, over all ranks."""
-
-
-@dataclass(frozen=True)
-class RunFacts:
-    """What the loop records but does not decide."""
-
-    folder: Path
-    rank: int
-    ranks: int
-    device: str
-    training_flops_per_token: float
-    chosen: dict[str, str | int] = field(default_factory=dict)
-    """What `auto` came to: kernels, ZeRO stage; written to the metrics at every start."""
+from shoal.trainer.segment import BatchSource, RunFacts, Validation
+from shoal.trainer.stores import SharedFolder
+from shoal.trainer.teamwork import raise_together
 
 
 def train(
@@ -112,16 +79,26 @@ class _Training:
         self.step = self.skipped = self.passed_over = 0
         """Steps done; those of them left out; batches passed over by going back."""
         self.detector = AnomalyDetector(config.train.spike_limit)
+        kept = config.checkpoint
         self.saver = Saver(
-            self.checkpoints,
-            keep=config.checkpoint.keep,
-            timeout=config.world.timeout_seconds / 2,  # before the watchdog, which knows less
+            # Before the watchdog, which knows less.
+            SharedFolder(self.checkpoints, config.world.timeout_seconds / 2),
+            Retention(kept.keep, kept.milestone_every, kept.keep_best),
             device=engine.device,
         )
         self._restore()
         self.skipped_in_a_row, self.went_back, self.is_due = 0, False, False
-        self.saved_step = self.booked_step = self.step
-        self.booked_at, self.started = time.monotonic(), now()
+        self.loss: float | None = None
+        """Of the validation rows after this step."""
+        self.saved_step = self.step
+        self.booking = Booking(
+            facts.folder / "ledger.jsonl",
+            config,
+            devices=facts.ranks,
+            device=facts.device,
+            flops_per_token=facts.training_flops_per_token,
+        )
+        self.booking.begin(self.step)
         self.metrics = Metrics(
             facts.folder,
             name=config.name,
@@ -140,13 +117,11 @@ class _Training:
                 if not self._take_step():
                     continue
                 last = self.step == self.config.steps
-                if self.validation and (
-                    last or self.step % self.config.validation.every_steps == 0
-                ):
-                    loss = self._validate(self.validation)
+                self.loss = None
+                if self.validation and self._validates(last):
+                    self.loss = loss = self._validate(self.validation)
                 self._save_if_due(last)
-                self.saver.check()
-            self.saver.finish(self.progress)
+            self._settle()
         except BaseException:
             self.saver.leave()
             raise
@@ -154,22 +129,27 @@ class _Training:
             self.metrics.close()
         return loss
 
+    def _validates(self, last: bool) -> bool:
+        """Whether to look at the validation rows now; which of two checkpoints is best asks it."""
+        best = self.config.checkpoint.keep_best and self._saves_at(self.step)
+        return last or best or self.step % self.config.validation.every_steps == 0
+
+    def _saves_at(self, step: int) -> bool:
+        return step == self.config.steps or step % self.config.checkpoint.every_steps == 0
+
     def _restore(self) -> bool:
         """Load the newest checkpoint every rank agrees on; False where there is none."""
-        self.progress("loading the newest checkpoint")
-        choice: list[Any] = [None]
-        if self.facts.rank == 0:
-            try:
-                resume = self.config.checkpoint.resume
-                choice = [checkpoint.find_checkpoint(self.checkpoints, resume, warn=print)]
-            except ShoalError as error:
-                choice = [error]
-        dist.broadcast_object_list(choice)
-        if isinstance(choice[0], ShoalError):
-            raise choice[0]
-        if choice[0] is None:
+        warn = print if self.facts.rank == 0 else lambda text: None
+        found = find_checkpoint(
+            self.checkpoints,
+            self.config.checkpoint.resume,
+            warn,
+            self.progress,
+            self.engine.device,
+        )
+        if found is None:
             return False
-        folder, manifest = choice[0]
+        folder, manifest = found
         check_same_run(manifest.run, self.config, where=folder)
         allowed = self.config.checkpoint.allow_changes
         check_same_inputs(manifest.position, self.position, folder, allowed)
@@ -179,7 +159,9 @@ class _Training:
         self.detector = AnomalyDetector(
             self.config.train.spike_limit, manifest.position.get("history", ())
         )
-        checkpoint.load_checkpoint(self.engine, folder, manifest, updates=self.step - self.skipped)
+        load_checkpoint(
+            self.engine, folder, manifest, self.step - self.skipped, progress=self.progress
+        )
         return True
 
     def _take_step(self) -> bool:
@@ -217,13 +199,23 @@ class _Training:
         return True
 
     def _agree(self, tokens: int) -> int:
-        """Sum the real tokens over ranks, and stop everywhere if any rank was asked to.
+        """Sum the real tokens over ranks, and stop everywhere if any rank was asked to, or has to.
 
         Taken before the forward pass (one small collective): every loss is then a sum over one
         known count, and no rank stops while another goes on.
+
+        Raises:
+            StoppedOnRequest: it was.
+            ShoalError, OSError: a checkpoint could not be written, or the next one will not fit.
         """
-        shared = torch.tensor([tokens, int(self.stop_requested())], device=self.engine.device)
+        near = self.engine if self.is_due or self._saves_at(self.step + 1) else None
+        trouble = self.saver.find_trouble(near)
+        told = [tokens, int(self.stop_requested()), int(trouble is not None)]
+        shared = torch.tensor(told, device=self.engine.device)
         dist.all_reduce(shared)
+        if int(shared[2]):
+            self._vouch()
+            raise_together(trouble)
         if int(shared[1]):
             self._stop()
         return int(shared[0])
@@ -231,13 +223,15 @@ class _Training:
     def _save_if_due(self, last: bool) -> None:
         """Save at every so many steps, and after the last one; compare what must be alike.
 
+        That is compared once more in the step after a save: it is published if all is well then.
+
         While steps cannot be taken the weights may be what is wrong: a save waits for the next
         step that can, and after the last one for a look at them.
 
         Raises:
             NonFiniteLossError: the run would end with weights that are no numbers.
         """
-        self.is_due |= last or self.step % self.config.checkpoint.every_steps == 0
+        self.is_due |= self._saves_at(self.step)
         if self.is_due and (not self.skipped_in_a_row or last):
             if self.skipped_in_a_row and not self.engine.is_finite():
                 raise NonFiniteLossError(
@@ -246,14 +240,14 @@ class _Training:
                     fix=f"the newest checkpoint is step {self.saved_step}",
                 )
             self._save()
-        elif self.step % self.config.checkpoint.compare_every == 0:
+        elif self.saver.awaits_word or self.step % self.config.checkpoint.compare_every == 0:
             self._compare_replicas()
 
     def _stop(self) -> None:
         unsaved = self.step > self.saved_step
         if unsaved and (not self.skipped_in_a_row or self.engine.is_finite()):
             self._save()
-        self.saver.finish(self.progress)
+        self._settle()
         raise StoppedOnRequest(
             f"stopped on request after step {self.saved_step} of {self.config.steps}; it is saved",
             where=self.checkpoints,
@@ -288,17 +282,31 @@ class _Training:
     def _compare_replicas(self) -> None:
         """Refuse to go on, or to save, with weights that are not alike on all ranks.
 
+        What was saved and not yet compared since is published if they are, and dropped if not.
+
         Raises:
             ReplicaError: names the ranks; the run may go on from its newest checkpoint.
         """
-        if odd := self.engine.compare_replicas():
-            self.saver.finish(self.progress)  # what was saved before is sound
+        odd = self.engine.compare_replicas()
+        self.saver.vouch(sound=not odd)
+        if odd:
+            self.saver.finish(self.progress)  # what was vouched for is sound
             ranks = ", ".join(map(str, odd))
             raise ReplicaError(
                 f"the weights of rank {ranks} are not those of the others after step {self.step}",
                 where=self.facts.folder,
                 fix="if it happens again, leave out that device: its memory is not sound",
             )
+
+    def _vouch(self) -> None:
+        """Compare what has to be compared before the last checkpoint is published."""
+        if self.saver.awaits_word:
+            self._compare_replicas()
+
+    def _settle(self) -> None:
+        """Wait until the last checkpoint is published."""
+        self._vouch()
+        self.saver.finish(self.progress)
 
     def _save(self) -> None:
         self.progress(f"saving step {self.step}")
@@ -314,6 +322,8 @@ class _Training:
                 "history": self.detector.history,
             },
             run=self.config.model_dump(mode="json"),
+            loss=self.loss,
+            sound=False,
             progress=self.progress,
         )
         self.saved_step, self.is_due = self.step, False
@@ -321,28 +331,8 @@ class _Training:
         self._book()
 
     def _book(self) -> None:
-        """Append what was done since the last entry to the ledger."""
-        steps, self.booked_step = self.step - self.booked_step, self.step
-        seconds, self.booked_at = time.monotonic() - self.booked_at, time.monotonic()
-        started, self.started = self.started, now()
-        if self.facts.rank or not steps:
-            return
-        tokens = steps * self.config.step_tokens
-        append_entry(
-            self.facts.folder / "ledger.jsonl",
-            LedgerEntry(
-                kind=self.config.ledger.kind,
-                stage=self.config.name,
-                scope=self.config.ledger.scope,
-                started=started,
-                seconds=seconds,
-                devices=self.facts.ranks,
-                device=self.facts.device,
-                tokens=tokens,
-                flops=tokens * self.facts.training_flops_per_token,
-                note=f"steps {self.step - steps} to {self.step}",
-            ),
-        )
+        if self.facts.rank == 0:
+            self.booking.book(self.step)
 
     def _skip(self, loss: float, norm: float, batches: Sequence[Batch]) -> bool:
         """Record a step that was left out on all ranks; after too many in a row go back, once.
@@ -363,7 +353,7 @@ class _Training:
         self.metrics.say(f"{self.config.name}: {what}; rows {_shorten(rows)}")
         if self.skipped_in_a_row <= self.config.train.max_skipped_steps:
             return True
-        self.saver.finish(self.progress)
+        self._settle()
         if not (self.went_back or self.config.ledger.kind == "tune") and self.saved_step:
             self._go_back()
             return False
@@ -383,7 +373,8 @@ class _Training:
         self._restore()
         self.passed_over = worked - self.step
         self.skipped_in_a_row, self.went_back = 0, True
-        self.saved_step = self.booked_step = self.step
+        self.saved_step = self.step
+        self.booking.begin(self.step)
         self.metrics.go_back(self.step)
         self.metrics.say(
             f"{self.config.name}: back at step {self.step}, past {self.passed_over} batches"

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from shoal.configs.schema import OptimConfig
+
+ADAM_STATES = ("exp_avg", "exp_avg_sq")
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
@@ -33,6 +37,34 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     return config.lr * share
 
 
+class Judged:
+    """Put before an optimiser: updates nothing where `accepts` says so.
+
+    Every group of it names under `states` what it keeps of a parameter, in tensors of its shape.
+    """
+
+    accepts: Callable[[], bool] = staticmethod(lambda: True)
+
+    def step(self, closure: Any = None) -> Any:
+        """Take a step of one group or of all, if the step as a whole is accepted."""
+        return super().step(closure) if self.accepts() else None  # type: ignore[misc]
+
+
+class JudgedAdamW(Judged, torch.optim.AdamW):
+    """AdamW; ZeRO goes through its motions as ever where a step is left out."""
+
+
+def build_optimizer(module: nn.Module, config: OptimConfig) -> JudgedAdamW:
+    """Return the optimiser of a module's trainable parameters."""
+    return JudgedAdamW(
+        group_parameters(module, config),
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )
+
+
 def group_parameters(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     """Split trainable parameters: matrices decay, gains and biases do not."""
     trainable = [p for p in module.parameters() if p.requires_grad]
@@ -40,4 +72,4 @@ def group_parameters(module: nn.Module, config: OptimConfig) -> list[dict[str, A
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return [group for group in groups if group["params"]]
+    return [group | {"states": ADAM_STATES} for group in groups if group["params"]]

@@ -1,21 +1,19 @@
 """Writing checkpoints while training goes on: each rank its own slices, no collective.
 
-Training waits for one thing: the copy of what the rank holds. A thread then writes and hashes it,
-and leaves word beside it; that of rank 0 waits for the words of all, writes the manifest and
-renames the folder into place. Nothing is published before every rank's file is on disk.
+Training waits for one thing: the copy of what the rank holds. A thread then writes and hashes it
+and hands it in. The thread that publishes waits for the files of all ranks, and for word that what
+was copied is sound: a checkpoint that nobody vouches for never appears.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
 import math
 import secrets
 import shutil
+import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,26 +22,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shoal.configs.errors import PreflightError, ShoalError
+from shoal.configs.errors import PreflightError, ShoalError, explain_machine_error
 from shoal.trainer.checkpoint import (
-    MANIFEST,
     SCHEMA,
     Manifest,
+    Retention,
     Slice,
     StoredFile,
     StoredTensor,
     checkpoint_name,
-    remove_old,
 )
-from shoal.trainer.engine import STATES, Engine
-from shoal.trainer.storage import digest, sync, write_text
+from shoal.trainer.engine import Engine
+from shoal.trainer.storage import digest, sync
+from shoal.trainer.stores import SharedFolder, Word
+from shoal.trainer.teamwork import CPU, LOOK_SECONDS, Progress, raise_together
 
-OWNER = ".owner"
-LOCK = ".lock"
-LOOK_SECONDS = 0.05
 LEAVE_SECONDS = 30.0
-CPU = torch.device("cpu")
-Progress = Callable[[str], None]
+ELEMENT_BYTES = 4
+WAITING = "waiting for a checkpoint to be written"
 
 
 @dataclass(frozen=True)
@@ -54,47 +50,39 @@ class _Part:
     index: dict[str, Any]
     file: str
     head: dict[str, Any]
-    """Step, position and run, as the manifest has them."""
-    shapes: dict[str, tuple[int, ...]]
+    """Step, position, run and loss, as the manifest has them."""
+    shapes: Mapping[str, tuple[int, ...]]
+    states: Mapping[str, tuple[str, ...]]
     """Of all parameters of the model."""
+    vouched: threading.Event
+    """Set once it is known whether what was copied is sound."""
 
 
 class Saver:
     """Writes the checkpoints of one segment of a run, one at a time; one on every rank."""
 
-    def __init__(
-        self,
-        root: Path,
-        *,
-        keep: int,
-        timeout: float = 600,
-        device: torch.device = CPU,
-    ) -> None:
-        """Take over a folder of checkpoints; collective.
-
-        What killed savers left aside is removed. Whoever else still writes there, such as a rank of
-        an attempt that was cut off, publishes and removes nothing any more: the folder names its
-        owner.
+    def __init__(self, store: SharedFolder, rule: Retention, *, device: torch.device = CPU) -> None:
+        """Take over a store of checkpoints; collective.
 
         Args:
-            root: Folder of the run's checkpoints.
-            keep: Newest checkpoints kept.
-            timeout: Seconds that rank 0 waits for the other ranks' files, or for the folder.
+            store: Where they go.
+            rule: Which are kept.
             device: Of the ranks' collectives.
         """
-        self.root, self.keep, self.timeout, self.device = root, keep, timeout, device
-        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.store, self.rule, self.device = store, rule, device
         token = [secrets.token_hex(8)]
-        if self.rank == 0:
-            root.mkdir(parents=True, exist_ok=True)
-            with self._hold_folder():
-                for leftover in root.glob(".partial-*"):
-                    shutil.rmtree(leftover, ignore_errors=True)
-                write_text(root / OWNER, token[0])
         dist.broadcast_object_list(token)
-        self.token: str = token[0]
+        store.claim(token[0])
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._vouched = threading.Event()
+        self._vouched.set()
+        self._sound, self._left = True, False
+
+    @property
+    def awaits_word(self) -> bool:
+        """Whether `vouch` is still to say something of the last checkpoint; alike on all ranks."""
+        return not self._vouched.is_set()
 
     def begin(
         self,
@@ -102,6 +90,9 @@ class Saver:
         step: int,
         position: dict[str, Any],
         run: dict[str, Any],
+        *,
+        loss: float | None = None,
+        sound: bool = True,
         progress: Progress = lambda doing: None,
     ) -> float:
         """Copy what this rank holds and start writing it; return the seconds the copy took.
@@ -113,6 +104,8 @@ class Saver:
             step: Steps done.
             position: Where the data stands.
             run: The resolved config.
+            loss: On the validation rows, if it was measured at this step.
+            sound: Whether it may be published once it is written; otherwise `vouch` tells.
             progress: Told now and then while it waits.
 
         Raises:
@@ -122,33 +115,52 @@ class Saver:
         begun = time.perf_counter()
         kept: dict[str, Tensor] = {}
         index: dict[str, dict[str, dict[str, Any]]] = {}
-        file = f"rank-{self.rank:05d}.safetensors"
+        file = f"rank-{self.store.rank:05d}.safetensors"
         for name, state, offset, values in engine.read_slices():
             key = f"{state}/{name}"
-            kept[key] = values.detach().to("cpu", copy=True).flatten()
+            kept[key] = values.detach().to("cpu", torch.float32, copy=True).flatten()
             piece = Slice(file=file, key=key, offset=offset, length=values.numel())
             shape = engine.parameter_shapes[name]
             entry = StoredTensor(shape=shape, slices=(piece,)).model_dump()
             index.setdefault(name, {})[state] = entry
         seconds = time.perf_counter() - begun
-        head = {"step": step, "position": position, "run": run}
-        part = _Part(kept, index, file, head, engine.parameter_shapes)
+        head = {"step": step, "position": position, "run": run, "loss": loss}
+        self._vouched, self._sound = threading.Event(), sound
+        shapes, states = engine.parameter_shapes, engine.parameter_states
+        part = _Part(kept, index, file, head, shapes, states, self._vouched)
         self._thread = threading.Thread(target=self._write, args=(part,), name=f"saver {step}")
+        if sound:
+            self._vouched.set()
         self._thread.start()
         return seconds
 
-    def check(self) -> None:
-        """Raise what has befallen the thread, if anything.
+    def vouch(self, *, sound: bool) -> None:
+        """Say whether what was copied last is sound; otherwise it is never published."""
+        if not self._vouched.is_set():
+            self._sound = sound
+            self._vouched.set()
 
-        Raises:
-            ShoalError, OSError: the checkpoint could not be written.
+    def find_trouble(self, engine: Engine | None = None) -> BaseException | None:
+        """Return what has befallen the thread, if anything, or what will befall the next save.
+
+        Args:
+            engine: Whose state is to be saved next, if that is near: it must find room.
         """
-        if self._error is not None:
+        if self._error is not None or engine is None:
             error, self._error = self._error, None
-            raise error
+            return error
+        needed, free = count_bytes(engine), shutil.disk_usage(self.store.root).free
+        if free >= needed:
+            return None
+        return PreflightError(
+            f"the next checkpoint needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on "
+            f"{socket.gethostname()}",
+            where=self.store.root,
+            fix="free some space there, or lower checkpoint.keep; the same command then goes on",
+        )
 
     def wait(self, progress: Progress = lambda doing: None) -> None:
-        """Wait until this rank's part of the last checkpoint is done; on rank 0: published.
+        """Wait until this rank's part of the last checkpoint is done; where it publishes: is there.
 
         Raises:
             ShoalError, OSError: it could not be written.
@@ -156,17 +168,17 @@ class Saver:
         while self._thread is not None:
             self._thread.join(1.0)
             if self._thread.is_alive():
-                progress("waiting for a checkpoint to be written")
+                progress(WAITING)
             else:
                 self._thread = None
-        self.check()
+        if error := self.find_trouble():
+            raise error
 
     def finish(self, progress: Progress = lambda doing: None) -> None:
-        """Wait until the last checkpoint is published; collective, and the same on all ranks.
+        """Wait until the last checkpoint is published, or dropped; collective.
 
         Raises:
-            ShoalError, OSError: this rank could not write it.
-            RuntimeError: another could not, and says why.
+            ShoalError, OSError: a rank could not write it; the same on all.
         """
         while True:
             busy = self._thread is not None and self._thread.is_alive()
@@ -174,91 +186,63 @@ class Saver:
             dist.all_reduce(state)
             if int(state[1]) or not int(state[0]):
                 break
-            progress("waiting for a checkpoint to be written")
+            progress(WAITING)
             time.sleep(LOOK_SECONDS)
         self._thread = None
-        self.check()
-        if int(state[1]):
-            raise RuntimeError(f"another rank could not write its part of {self.root}")
+        raise_together(self.find_trouble())
 
     def leave(self) -> None:
-        """Give what is being written a moment, and no more: something else has failed."""
+        """Give what is being written a moment, and no more: something else has failed.
+
+        What nobody has vouched for is not published.
+        """
+        self.vouch(sound=False)
         if self._thread is not None:
             self._thread.join(LEAVE_SECONDS)
+        self._left = True
 
     def _write(self, part: _Part) -> None:
+        aside = (
+            self.store.root / f".partial-{checkpoint_name(part.head['step'])}-{self.store.token}"
+        )
+        try:
+            self._write_aside(part, aside)
+        except BaseException as error:  # raised where training can see it
+            (aside / part.file).unlink(missing_ok=True)
+            known = explain_machine_error(error)
+            if known and not known.where:
+                known = PreflightError(known.cause, where=self.store.root, fix=known.fix)
+            self._error = known or error
+
+    def _write_aside(self, part: _Part, aside: Path) -> None:
         from safetensors.torch import save_file
 
-        step = part.head["step"]
-        aside = self.root / f".partial-{checkpoint_name(step)}-{self.token}"
-        try:
-            aside.mkdir(exist_ok=True)
-            save_file(part.kept, aside / part.file)
-            sync(aside / part.file)
-            size = (aside / part.file).stat().st_size
-            facts = {"bytes": size, "sha256": digest(aside / part.file)}
-            word = json.dumps({"files": {part.file: facts}, "tensors": part.index})
-            write_text(aside / f"rank-{self.rank:05d}.json", word)
-            if self.rank == 0:
-                manifest = _join(self._gather(aside), part)
-                self._publish(aside, manifest)
-        except BaseException as error:  # raised where training can see it
-            self._error = error
-
-    def _gather(self, aside: Path) -> list[dict[str, Any]]:
-        """Wait for the words of all ranks and return them, in the order of ranks."""
-        deadline = time.monotonic() + self.timeout
-        names = [f"rank-{rank:05d}.json" for rank in range(self.ranks)]
-        while missing := [name for name in names if not (aside / name).is_file()]:
-            if time.monotonic() > deadline:
-                raise ShoalError(
-                    f"{len(missing)} ranks have not written their part in {self.timeout:.0f} s, "
-                    f"the first is {missing[0].removesuffix('.json')}",
-                    where=aside,
-                    fix="see to the disk of that rank; is the folder really shared?",
-                )
-            time.sleep(LOOK_SECONDS)
-        return [json.loads((aside / name).read_text(encoding="utf-8")) for name in names]
-
-    def _publish(self, aside: Path, manifest: Manifest) -> None:
-        """Give the folder its name, and remove what is too old; only the owner may."""
-        for rank in range(self.ranks):
-            (aside / f"rank-{rank:05d}.json").unlink()
-        (aside / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
-        sync(aside / MANIFEST)
-        sync(aside)
-        final = self.root / checkpoint_name(manifest.step)
-        with self._hold_folder():
-            if (self.root / OWNER).read_text(encoding="utf-8") != self.token:
-                raise ShoalError(
-                    "another attempt of this run has taken over: this one publishes nothing more",
-                    where=self.root,
-                )
-            if final.exists():  # done again after going back, or damaged
-                final.rename(self.root / f".partial-old-{final.name}")
-            aside.rename(final)
-            sync(self.root)
-            remove_old(self.root, self.keep, manifest.step)
-
-    @contextmanager
-    def _hold_folder(self) -> Iterator[None]:
-        """Let one process at a time change which checkpoints there are."""
-        deadline = time.monotonic() + self.timeout
-        with (self.root / LOCK).open("w") as file:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise PreflightError(
-                            "another process has been changing it for too long", where=self.root
-                        ) from None
-                    time.sleep(LOOK_SECONDS)
-            yield
+        aside.mkdir(exist_ok=True)
+        save_file(part.kept, aside / part.file)
+        sync(aside / part.file)
+        size = (aside / part.file).stat().st_size
+        facts = {"bytes": size, "sha256": digest(aside / part.file)}
+        word = {"files": {part.file: facts}, "tensors": part.index}
+        words = self.store.hand_in(aside, part.file, word, lambda: not self._left)
+        if words is None:
+            return
+        manifest = _join(words, part)
+        part.vouched.wait()
+        if self._sound:
+            self.store.publish(aside, manifest, self.rule)
+        else:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
-def _join(words: Sequence[dict[str, Any]], part: _Part) -> Manifest:
+def count_bytes(engine: Engine) -> int:
+    """Return the bytes of a checkpoint, over all ranks."""
+    return ELEMENT_BYTES * sum(
+        math.prod(shape) * len(engine.parameter_states[name])
+        for name, shape in engine.parameter_shapes.items()
+    )
+
+
+def _join(words: Sequence[Word], part: _Part) -> Manifest:
     """Put the words of all ranks together.
 
     Raises:
@@ -274,22 +258,21 @@ def _join(words: Sequence[dict[str, Any]], part: _Part) -> Manifest:
                 slices = held[state].slices + entry.slices if state in held else entry.slices
                 held[state] = entry.model_copy(update={"slices": slices})
     for name, shape in part.shapes.items():
-        for state in STATES:
+        for state in part.states[name]:
             found, whole = tensors.get(name, {}).get(state), math.prod(shape)
             end = 0
             for piece in sorted(found.slices if found else (), key=lambda piece: piece.offset):
                 end = end + piece.length if piece.offset == end else -1
             if end != whole:
                 raise ShoalError(f"{state} of {name}: not every one of {whole} elements once")
-    manifest = Manifest(schema_version=SCHEMA, files=files, tensors=tensors, **part.head)
-    return manifest.model_copy(update={"digest": manifest.compute_digest()})
+    return Manifest(schema_version=SCHEMA, files=files, tensors=tensors, **part.head).sealed()
 
 
 def save_checkpoint(
     engine: Engine, root: Path, *, step: int, position: dict[str, Any], run: dict[str, Any]
 ) -> Path:
     """Write the engine's whole state and wait for it; collective. Returns the published folder."""
-    saver = Saver(root, keep=1 << 30)
+    saver = Saver(SharedFolder(root), Retention(newest=1 << 30))
     saver.begin(engine, step, position, run)
     saver.finish()
     return root / checkpoint_name(step)

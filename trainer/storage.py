@@ -6,15 +6,21 @@ import hashlib
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+CHUNK_BYTES = 1 << 24
 _PARTIAL = re.compile(r"\.partial-(\d+)-(.+)", re.S)
 
 
-def digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def digest(path: Path, tick: Callable[[], None] = lambda: None) -> str:
+    """Return the SHA-256 of a file; `tick` is called now and then while it is read."""
+    found = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            found.update(chunk)
+            tick()
+    return found.hexdigest()
 
 
 def sync(path: Path) -> None:

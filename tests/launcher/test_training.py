@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import shutil
+import socket
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -26,21 +28,41 @@ def test_checkpoints_that_cannot_fit_are_refused(
     needed = count_parameters(config.model).total * 12 * (config.checkpoint.keep + 1)
     free = needed
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-    training._check_disk(tmp_path, config)
+    assert training.find_short_disk(tmp_path, config) is None
     free = needed - 1
-    with pytest.raises(PreflightError, match="checkpoints need") as caught:
-        training._check_disk(tmp_path, config)
-    assert caught.value.where == str(tmp_path)
+    caught = training.find_short_disk(tmp_path, config)
+    assert isinstance(caught, PreflightError) and "checkpoints need" in caught.cause
+    assert caught.where == str(tmp_path) and socket.gethostname() in caught.cause
     (tmp_path / "checkpoints/step-00000050.bak").mkdir(parents=True)  # a user's copy
     (tmp_path / "checkpoints/step-00000001").mkdir()
     (tmp_path / "checkpoints/step-00000001/rank").write_bytes(bytes(1))
-    training._check_disk(tmp_path, config)  # what lies there already is part of it
+    assert training.find_short_disk(tmp_path, config) is None  # what lies there is part of it
     free = needed // 3
     short = config.model_copy(update={"checkpoint": CheckpointConfig(every_steps=10**6)})
-    training._check_disk(tmp_path / "new", short)  # only one will ever be written
+    assert training.find_short_disk(tmp_path / ".." / tmp_path.name, short) is not None
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert training.find_short_disk(tmp_path, short) is None  # only one will ever be written
     free = 0
-    (tmp_path / f"checkpoints/step-{config.steps:08d}").mkdir()
-    training._check_disk(tmp_path, config)  # nothing is left to write
+    (tmp_path / f"checkpoints/step-{config.steps:08d}").mkdir(parents=True)
+    assert training.find_short_disk(tmp_path, config) is None  # nothing is left to write
+
+
+def test_what_retention_may_keep_is_counted(tmp_path: Path) -> None:
+    config = load_config(RunConfig, "default.yaml", ["model.vocab_size=4096"])
+    config = config.model_copy(
+        update={"train": config.train.model_copy(update={"tokens": 245 * config.step_tokens})}
+    )
+    one = count_parameters(config.model).total * 12
+
+    def count(**rule: Any) -> float:
+        kept = CheckpointConfig(every_steps=20, **rule)
+        return training.needed_bytes(tmp_path, config.model_copy(update={"checkpoint": kept})) / one
+
+    assert count(keep=1) == 2, "the newest lies beside the one that is kept until it is whole"
+    assert count(keep=3) == 4
+    assert count(keep=1, keep_best=True) == 3
+    assert count(keep=1, milestone_every=60) == 2 + 4
+    assert count(keep=1, milestone_every=20) == 13, "no more than are ever written"
 
 
 def test_a_full_disk_ends_a_command_and_a_rank_with_one_screen(

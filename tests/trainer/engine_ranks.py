@@ -5,11 +5,13 @@ cases of many tests (see rank_groups.py), because importing DeepSpeed costs more
 training does. The tests import the same functions for what they compare with.
 """
 
+import errno
 import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,18 +20,21 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from shoal.configs.errors import ShoalError
+from shoal.configs.errors import DataError, ShoalError
 from shoal.configs.schema import ModelConfig, MoEConfig, OptimConfig, RunConfig, TrainConfig
 from shoal.data_pipeline.batch import IGNORE, PADDING_ROW, Batch
 from shoal.data_pipeline.loader import Loader
 from shoal.kernels.backend import Kernels
-from shoal.trainer import checkpoint, loop, saver
-from shoal.trainer.engine import STATES, Engine, start_process_group, stop_process_group
+from shoal.trainer import checkpoint, loop, resumption, saver, segment, teamwork
+from shoal.trainer.engine import Engine, start_process_group, stop_process_group
 from shoal.trainer.model import Transformer
+from shoal.trainer.moe import MixtureOfExperts, RouterStats
 from shoal.trainer.objective import Objective
-from shoal.trainer.optim import group_parameters, learning_rate
+from shoal.trainer.optim import Judged, build_optimizer, group_parameters, learning_rate
+from shoal.trainer.storage import sync
 
 ROWS, CONTEXT, VOCAB = 4, 16, 64
 OPTIM = OptimConfig(lr=1e-2, warmup_share=0.2, clip_norm=0.5)
@@ -110,6 +115,7 @@ def build_engine(case: dict[str, Any], ranks: int) -> Engine:
     objective.model.activation_checkpointing = case.get("activation_checkpointing", False)
     if "broken" in case:
         objective.model.final_norm.register_forward_hook(_gradient_breaker(**case["broken"]))
+    _make_odd(objective.model, case)
     optim = OPTIM.model_copy(update=case.get("optim", {}))
     return Engine(
         objective,
@@ -117,7 +123,61 @@ def build_engine(case: dict[str, Any], ranks: int) -> Engine:
         train,
         accumulation=-(-ROWS // (ranks * micro)),
         device=torch.device(case.get("device", "cpu")),
+        make_optimizer=make_mixed if case.get("optimizer") == "mixed" else build_optimizer,
     )
+
+
+def _make_odd(model: Transformer, case: dict[str, Any]) -> None:
+    """Freeze all but the `trained` parts; let an expert idle; add a parameter that nothing uses."""
+    if "unused" in case:
+        model.unused = nn.Parameter(torch.linspace(1, 2, 5))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(tuple(case.get("trained", [""]))))
+    for module in model.modules():
+        if "idle_expert" in case and isinstance(module, MixtureOfExperts):
+            module.route = partial(_route_past, module, case["idle_expert"])  # type: ignore[method-assign]
+
+
+def _route_past(moe: MixtureOfExperts, idle: int, tokens: Tensor) -> tuple[RouterStats, Tensor]:
+    """Choose experts as ever, but never one of them."""
+    logits = F.linear(tokens.float(), moe.router.float())
+    logits = logits.index_fill(1, torch.tensor([idle]), -1e4)
+    probabilities = logits.softmax(-1)
+    gates, expert_ids = probabilities.topk(moe.active_experts, dim=-1)
+    return RouterStats(probabilities, logits, expert_ids), gates / gates.sum(-1, keepdim=True)
+
+
+class _Mixed(torch.optim.Optimizer):
+    """Momentum alone for matrices, two moments for the rest: as Muon beside AdamW."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for master in group["params"]:
+                state, gradient = self.state[master], master.grad
+                if "momentum" in state:
+                    update = state["momentum"].mul_(0.9).add_(gradient)
+                else:
+                    state["step"] += 1
+                    first = state["exp_avg"].lerp_(gradient, 0.1)
+                    second = state["exp_avg_sq"].lerp_(gradient.square(), 0.05)
+                    share = (1 - 0.95 ** float(state["step"])) ** 0.5 / (
+                        1 - 0.9 ** float(state["step"])
+                    )
+                    update = share * first / (second.sqrt() + 1e-8)
+                master.sub_(update, alpha=group["lr"])
+
+
+class Mixed(Judged, _Mixed):
+    pass
+
+
+def make_mixed(module: nn.Module, config: OptimConfig) -> Mixed:
+    groups = group_parameters(module, config)
+    for group in groups:
+        if group["params"][0].ndim >= 2:
+            group["states"] = ("momentum",)
+    return Mixed(groups, {"lr": config.lr})
 
 
 def _gradient_breaker(steps: list[int], rank: int = 0) -> Callable[..., Tensor]:
@@ -182,12 +242,16 @@ def take_steps(engine: Engine, case: dict, start: int, stop: int) -> tuple[list,
 
 def read_state(engine: Engine) -> Iterator[tuple[str, str, Tensor]]:
     """Gather every parameter and state by DeepSpeed's own functions: another way than a save's."""
+    from deepspeed import zero
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    engine._link_states()
-    for name, parameter in engine._parameters():
-        for state in STATES:
-            if engine.stage == 0:
+    engine._state._link()
+    for name, parameter in engine._state.parameters():
+        for state in engine.parameter_states[name]:
+            if not parameter.requires_grad:
+                with zero.GatheredParameters([parameter], enabled=engine.stage == 3):
+                    value = parameter.detach().clone()
+            elif engine.stage == 0:
                 plain = engine._engine.optimizer.state[parameter]
                 value = parameter.detach() if state == "weight" else plain[state]
             elif state == "weight":
@@ -233,7 +297,7 @@ def run_load(case: dict[str, Any]) -> dict[str, Any]:
     for name, folder in case["sources"].items():
         found = checkpoint.newest_checkpoint(Path(folder))
         assert found is not None
-        checkpoint.load_checkpoint(engine, *found)
+        resumption.load_checkpoint(engine, *found)
         step = found[1].step
         state = fingerprints(read_state(engine))
         losses, _ = take_steps(engine, case, step, step + case["more"])
@@ -250,7 +314,7 @@ def run_refused(case: dict[str, Any]) -> dict[str, Any]:
     assert found is not None
     error = None
     try:
-        checkpoint.load_checkpoint(engine, *found)
+        resumption.load_checkpoint(engine, *found)
     except ShoalError as raised:
         error = [type(raised).__name__, str(raised)]
     untouched = fingerprints(read_state(engine)) == before
@@ -332,7 +396,7 @@ def run_config(case: dict[str, Any]) -> RunConfig:
             "name": folder.name,
             "output": str(folder.parent),
             "model": shape(case["kind"]).model_dump(),
-            "data": {"train": [{"path": "unused"}]},
+            "data": {"train": [{"path": "unused"}], "validation": "unused"},
             "optim": OPTIM.model_dump() | case.get("optim", {}),
             "train": {
                 "tokens": case["steps"] * ROWS * CONTEXT,
@@ -347,6 +411,8 @@ def run_config(case: dict[str, Any]) -> RunConfig:
                 "keep": 2,
                 "resume": case.get("resume", "auto"),
                 "compare_every": case.get("compare_every", 100),
+                "milestone_every": case.get("milestone_every"),
+                "keep_best": case.get("keep_best", False),
                 "allow_changes": case.get("allow_changes", []),
             },
             "validation": {"every_steps": case.get("validate_every", 100)},
@@ -365,13 +431,15 @@ def run_loop(case: dict[str, Any], **more: Any) -> dict[str, Any]:
             weight = next(iter(engine.objective.parameters())).data.view(torch.int32).view(-1)
             weight[3] ^= 1 << 20
 
+    if case.get("full", (None, 0))[0] == rank:
+        saver.sync = partial(refuse_to_write, case["full"][1])
     befall = flip_bit if "flip" in case else None
     source = more.pop("source", None)
     if source is None:
         source = LoaderSource(rank, ranks) if "loader" in case else Source(rank, ranks, befall)
     folder = Path(case["folder"])
     folder.mkdir(parents=True, exist_ok=True)
-    facts = loop.RunFacts(
+    facts = segment.RunFacts(
         folder, rank, ranks, device="cpu", training_flops_per_token=FLOPS_PER_TOKEN
     )
     limit = case.get("stop_after", 10**9)
@@ -384,11 +452,44 @@ def run_loop(case: dict[str, Any], **more: Any) -> dict[str, Any]:
         error = [type(raised).__name__, str(raised)]
     finally:
         engine.close()
+        saver.sync = sync
     answer = {"error": error, "loss": loss, "rows": source.rows}
     return answer | ({"keys": gather_rows(source)} if "loader" in case else {})
 
 
-RUNNERS = {"train": run_train, "load": run_load, "refused": run_refused, "loop": run_loop}
+def refuse_to_write(step: int, path: Path) -> None:
+    if checkpoint.checkpoint_name(step) in str(path):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    sync(path)
+
+
+def run_teamwork(case: dict[str, Any]) -> dict[str, Any]:
+    """Let rank 1 work for long while the others have nothing to do."""
+    told: list[str] = []
+
+    def work(tick: Callable[[], None]) -> int:
+        if dist.get_rank() == 1:
+            for _ in range(case["ticks"]):
+                time.sleep(0.15)
+                tick()
+            time.sleep(case.get("silent", 0))
+            if "error" in case:
+                raise DataError(case["error"], where="there")
+        return dist.get_rank()
+
+    try:
+        return {"result": teamwork.do_together(work, "working", told.append), "told": told}
+    except DataError as error:
+        return {"error": str(error), "told": told}
+
+
+RUNNERS = {
+    "teamwork": run_teamwork,
+    "train": run_train,
+    "load": run_load,
+    "refused": run_refused,
+    "loop": run_loop,
+}
 
 
 def serve(environment: dict[str, str], requests: Connection, log: str) -> None:

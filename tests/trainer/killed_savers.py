@@ -17,8 +17,9 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 
-from shoal.trainer import saver
-from shoal.trainer.engine import STATES
+from shoal.trainer import saver, stores
+
+STATES = ("weight", "exp_avg", "exp_avg_sq")
 
 POINTS = (
     "half a file",
@@ -37,11 +38,12 @@ class StateOnly:
         self.step = step
 
     parameter_shapes = {"a": (3, 5), "b": (7,), "empty gain": (1,)}
+    parameter_states = {"a": STATES, "b": STATES, "empty gain": STATES}
 
     def read_slices(self):
         generator = torch.Generator().manual_seed(self.step)
         for name, shape in self.parameter_shapes.items():
-            for state in STATES:
+            for state in self.parameter_states[name]:
                 yield name, state, 0, torch.randn(shape, generator=generator)
 
 
@@ -81,7 +83,7 @@ def save_and_die(root: Path, point: str) -> None:
         Path.rename = die  # type: ignore[method-assign, assignment]
     else:
         syncs = [p for p in POINTS if p.endswith("unsynced")]
-        saver.sync = after(syncs.index(point), saver.sync)
+        saver.sync = stores.sync = after(syncs.index(point), saver.sync)
     save(root, 2)
 
 

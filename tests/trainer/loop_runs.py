@@ -13,8 +13,8 @@ def make_case(folder, **more):
 
 def run(folder, **more):
     """Run the loop here; raise what it raised."""
-    extra = {key: more.pop(key) for key in ("source", "engine", "validation", "position")
-             if key in more}  # fmt: skip
+    keys = ("source", "engine", "validation", "position", "progress")
+    extra = {key: more.pop(key) for key in keys if key in more}
     return engine_ranks.run_loop(make_case(folder, **more), **extra)
 
 

@@ -18,11 +18,13 @@ from shoal.configs.errors import (
 )
 from shoal.kernels.backend import Kernels
 from shoal.trainer import checkpoint
+from shoal.trainer.engine import Engine
 from shoal.trainer.identity import check_same_inputs, check_same_run
 from shoal.trainer.ledger import read_ledger
-from shoal.trainer.loop import Validation, dropout_seed
+from shoal.trainer.loop import dropout_seed
 from shoal.trainer.metrics import read_metrics
 from shoal.trainer.model import Transformer
+from shoal.trainer.segment import Validation
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("process_group")]
 
@@ -350,6 +352,28 @@ def test_validation_in_bits_per_byte(tmp_path, kind):
     assert record["loss"] == answer["loss"] == pytest.approx(nats / count, rel=1e-6)
     assert record["bits_per_byte"] == pytest.approx(nats / math.log(2) / 400, rel=1e-6)
     assert record["bits_per_byte"] / record["loss"] != pytest.approx(1 / math.log(2), rel=0.5)
+
+
+def test_milestones_and_the_best_stay(tmp_path, monkeypatch):
+    losses = iter([3.0, 1.0, 2.0, 2.5])
+    monkeypatch.setattr(Engine, "evaluate", lambda engine, batches: (next(losses), 1))
+    validation = Validation(engine_ranks.microbatches(100, 0, 1), text_bytes=400)
+    given = {"validation": validation, "steps": 8, "every_steps": 2}
+    folder = tmp_path / "run"
+    assert run(folder, keep_best=True, stop_after=5, **given)["error"] is not None
+    assert steps_on_disk(folder) == [4, 5], "a stop is not validated"
+    run(folder, keep_best=True, milestone_every=8, **given)
+    assert steps_on_disk(folder) == [4, 6, 8], "the best, and the newest two"
+    found = [checkpoint.read_loss(folder / "checkpoints" / f"step-{s:08d}") for s in (4, 6, 8)]
+    assert found == [1.0, 2.0, 2.5]
+
+
+def test_a_long_load_is_no_hang(tmp_path):
+    told = []
+    run(tmp_path / "run", stop_after=2)
+    run(tmp_path / "run", progress=told.append)
+    for words in ("looking for checkpoints", "verifying step-00000002", "loading step-00000002"):
+        assert words in told
 
 
 def test_validation_leaves_training_as_it_was(whole, tmp_path):

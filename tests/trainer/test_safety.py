@@ -1,13 +1,17 @@
 """Steps that cannot be taken, weights that are not alike: left out, gone back from, refused."""
 
+import shutil
+from types import SimpleNamespace
+
 import engine_ranks
 import pytest
 from loop_runs import STEPS, curve, make_case, run, steps_on_disk
 
-from shoal.configs.errors import NonFiniteLossError, ReplicaError
+from shoal.configs.errors import NonFiniteLossError, PreflightError, ReplicaError
 from shoal.trainer import checkpoint
+from shoal.trainer.engine import Engine
 from shoal.trainer.ledger import read_ledger
-from shoal.trainer.loop import Validation
+from shoal.trainer.segment import Validation
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("process_group")]
 
@@ -125,3 +129,57 @@ def test_a_bit_that_flips_on_one_rank_is_found_and_never_saved(ranks, tmp_path, 
 def test_sound_replicas_are_alike_at_every_stage(ranks, tmp_path, stage):
     case = make_case(tmp_path / "run", run="loop", stage=stage, compare_every=1)
     assert ranks(3).run({"a": case})["a"]["error"] is None
+
+
+def test_what_a_comparison_after_it_does_not_confirm_is_no_checkpoint(ranks, tmp_path):
+    """The bit flips after step 4 was saved; the run goes on from step 2 as if it had not."""
+    case = make_case(tmp_path / "run", run="loop", stage=0, every_steps=2)
+    answer = ranks(2).run({"a": case | {"flip": (4, 1)}})["a"]
+    assert answer["error"][0] == ReplicaError.__name__ and "after step 5" in answer["error"][1]
+    assert steps_on_disk(tmp_path / "run") == [2]
+    again = ranks(2).run({"b": case, "c": {**case, "folder": str(tmp_path / "whole")}})
+    assert again["b"]["error"] is None and list(again["b"]["rows"]) == [2, 3, 4, 5]
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("stop", [{}, {"stop_after": 4}], ids=["end", "stop"])
+def test_the_last_checkpoint_is_compared_before_the_run_ends(tmp_path, monkeypatch, stop):
+    compared, whole = [], Engine.compare_replicas
+    monkeypatch.setattr(
+        Engine, "compare_replicas", lambda engine: compared.append(1) or whole(engine)
+    )
+    run(tmp_path / "run", **stop)
+    assert len(compared) == 2, "before and after the one that is saved"
+    monkeypatch.setattr(
+        Engine, "compare_replicas", lambda engine: [1] if compared else compared.append(1)
+    )
+    compared.clear()
+    answer = run(tmp_path / "other", **stop)
+    assert answer["error"][0] == ReplicaError.__name__ and steps_on_disk(tmp_path / "other") == []
+
+
+def test_a_full_disk_on_one_rank_ends_all_and_loses_nothing(ranks, tmp_path):
+    case = make_case(tmp_path / "run", run="loop", stage=1, every_steps=2)
+    answer = ranks(2).run({"a": case | {"full": (1, 4)}})["a"]
+    kind, text = answer["error"]
+    assert kind == PreflightError.__name__ and "No space left" in text and "fix: free" in text
+    assert str(tmp_path / "run" / "checkpoints") in text
+    assert steps_on_disk(tmp_path / "run") == [2]
+    assert ranks(2).run({"b": case})["b"]["error"] is None
+    assert steps_on_disk(tmp_path / "run") == [4, 6]
+
+
+def test_too_little_room_is_found_before_a_save(tmp_path, monkeypatch):
+    free = 10**9
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+
+    class Filling(engine_ranks.Source):
+        def microbatches(self, step):
+            nonlocal free
+            free = 0 if step == 2 else free
+            return super().microbatches(step)
+
+    answer = run(tmp_path / "run", every_steps=2, source=Filling(0, 1))
+    assert answer["error"][0] == PreflightError.__name__ and "free some space" in answer["error"][1]
+    assert steps_on_disk(tmp_path / "run") == [2], "what was being written then is there"
+    assert list(answer["rows"]) == [0, 1, 2, 3], "before the fourth step, which would be saved"

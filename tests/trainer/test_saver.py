@@ -1,25 +1,38 @@
 """Writing aside of training: what is raised, and what is never published."""
 
 import errno
+import shutil
+import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import killed_savers
 import pytest
 import safetensors.torch
 import torch
 
-from shoal.configs.errors import ShoalError
+from shoal.configs.errors import PreflightError, ShoalError
 from shoal.trainer import saver
-from shoal.trainer.checkpoint import TensorReader, list_checkpoints, verify_checkpoint
-from shoal.trainer.engine import STATES
+from shoal.trainer.checkpoint import (
+    Retention,
+    TensorReader,
+    list_checkpoints,
+    read_manifest,
+    verify_checkpoint,
+)
 from shoal.trainer.saver import Saver
+from shoal.trainer.stores import SharedFolder
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
 
-def begin(writer, step):
-    return writer.begin(killed_savers.StateOnly(step), step, {"streams": []}, {"seed": 1})
+def make(root, keep, timeout=600, **rule):
+    return Saver(SharedFolder(root, timeout), Retention(keep, **rule))
+
+
+def begin(writer, step, **more):
+    return writer.begin(killed_savers.StateOnly(step), step, {"streams": []}, {"seed": 1}, **more)
 
 
 def steps(root):
@@ -29,7 +42,7 @@ def steps(root):
 def test_training_waits_for_the_copy_alone(tmp_path, monkeypatch):
     may_write, digest = threading.Event(), saver.digest
     monkeypatch.setattr(saver, "digest", lambda path: may_write.wait(30) and digest(path))
-    writer = Saver(tmp_path, keep=2)
+    writer = make(tmp_path, 2)
     assert begin(writer, 1) < 10
     assert steps(tmp_path) == [], "it is not there yet, and training goes on"
     may_write.set()
@@ -42,16 +55,17 @@ def test_what_changes_after_the_copy_is_not_saved(tmp_path, monkeypatch):
     class Changing(killed_savers.StateOnly):
         held = torch.zeros(3, 5)
         parameter_shapes = {"a": (3, 5)}
+        parameter_states = {"a": killed_savers.STATES}
 
         def read_slices(self):
-            for state in STATES:
+            for state in killed_savers.STATES:
                 yield "a", state, 0, self.held
 
     go, save_file = threading.Event(), safetensors.torch.save_file
     monkeypatch.setattr(
         safetensors.torch, "save_file", lambda *given: go.wait(30) and save_file(*given)
     )
-    writer, engine = Saver(tmp_path, keep=2), Changing(1)
+    writer, engine = make(tmp_path, 2), Changing(1)
     writer.begin(engine, 1, {}, {})
     engine.held.fill_(7.0)
     go.set()
@@ -62,11 +76,11 @@ def test_what_changes_after_the_copy_is_not_saved(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("saves", [0, 1])
 def test_an_attempt_that_was_taken_over_publishes_nothing(tmp_path, saves):
-    old = Saver(tmp_path, keep=9)
+    old = make(tmp_path, 9)
     for step in range(1, saves + 1):
         begin(old, step)
     old.wait()
-    new = Saver(tmp_path, keep=9)
+    new = make(tmp_path, 9)
     begin(old, 2)
     with pytest.raises(ShoalError, match="another attempt of this run has taken over"):
         old.wait()
@@ -81,14 +95,15 @@ def test_what_befalls_the_writer_reaches_training(tmp_path, monkeypatch):
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    writer = Saver(tmp_path, keep=2)
+    writer = make(tmp_path, 2)
     monkeypatch.setattr(saver, "sync", full)
     begin(writer, 1)
     deadline = time.monotonic() + 30
-    with pytest.raises(OSError, match="No space left"):
-        while time.monotonic() < deadline:
-            writer.check()
-            time.sleep(0.01)
+    while (error := writer.find_trouble()) is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert isinstance(error, PreflightError) and "No space left" in error.cause
+    assert error.where.startswith(str(tmp_path)) and error.fix
+    assert not list(tmp_path.glob("**/*.safetensors")), "what does not fit is not left there"
     monkeypatch.undo()
     begin(writer, 2)
     writer.wait()
@@ -96,8 +111,8 @@ def test_what_befalls_the_writer_reaches_training(tmp_path, monkeypatch):
 
 
 def test_a_rank_that_does_not_write_is_named(tmp_path):
-    writer = Saver(tmp_path, keep=2, timeout=0.2)
-    writer.ranks = 2
+    writer = make(tmp_path, 2, timeout=0.2)
+    writer.store.ranks = 2
     begin(writer, 1)
     with pytest.raises(ShoalError, match=r"1 ranks have not written .* the first is rank-00001"):
         writer.wait()
@@ -114,7 +129,7 @@ def test_what_does_not_hold_everything_is_not_published(tmp_path, kept):
                 elif kept:
                     yield name, state, offset, values[:kept]
 
-    writer = Saver(tmp_path, keep=2)
+    writer = make(tmp_path, 2)
     writer.begin(Forgetful(1), 1, {}, {})
     with pytest.raises(ShoalError, match="exp_avg of b: not every one of 7 elements once"):
         writer.wait()
@@ -122,7 +137,7 @@ def test_what_does_not_hold_everything_is_not_published(tmp_path, kept):
 
 
 def test_what_others_are_writing_is_left_alone(tmp_path):
-    writer = Saver(tmp_path, keep=1)
+    writer = make(tmp_path, 1)
     (tmp_path / ".partial-step-00000009-x").mkdir()  # a rank that is ahead
     for step in (1, 2):
         begin(writer, step)
@@ -130,13 +145,75 @@ def test_what_others_are_writing_is_left_alone(tmp_path):
     assert steps(tmp_path) == [2]
     assert (tmp_path / ".partial-step-00000009-x").is_dir()
     assert not list(tmp_path.glob(".partial-old*"))
-    Saver(tmp_path, keep=1)
+    make(tmp_path, 1)
     assert not list(tmp_path.glob(".partial*")), "the next start clears it away"
 
 
 def test_old_ones_go_when_the_new_one_is_there(tmp_path):
-    writer = Saver(tmp_path, keep=2)
+    writer = make(tmp_path, 2)
     for step in (1, 2, 3):
         begin(writer, step)
     writer.wait()
     assert steps(tmp_path) == [2, 3]
+
+
+def test_what_nobody_vouches_for_is_never_there(tmp_path):
+    writer = make(tmp_path, 1)
+    begin(writer, 1)
+    writer.finish()
+    begin(writer, 2, sound=False)
+    assert writer.awaits_word
+    time.sleep(0.3)
+    assert steps(tmp_path) == [1], "neither the new one, nor is the old one gone"
+    writer.vouch(sound=False)
+    writer.finish()
+    assert steps(tmp_path) == [1] and not list(tmp_path.glob(".partial*"))
+    begin(writer, 3, sound=False)
+    writer.vouch(sound=True)
+    writer.finish()
+    assert steps(tmp_path) == [3]
+    begin(writer, 4, sound=False)
+    writer.leave()
+    assert steps(tmp_path) == [3]
+
+
+LOSSES = {1: 3.0, 2: 1.0, 3: None, 4: 2.0, 5: 2.5, 6: None}
+RULES = {
+    "newest": ({}, [5, 6]),
+    "milestones": ({"milestone_every": 2}, [2, 4, 5, 6]),
+    "best": ({"best": True}, [2, 5, 6]),
+    "both": ({"milestone_every": 4, "best": True}, [2, 4, 5, 6]),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_what_stays_beside_the_newest(tmp_path, name):
+    rule, kept = RULES[name]
+    writer = make(tmp_path, 2, **rule)
+    for step, loss in LOSSES.items():
+        begin(writer, step, loss=loss)
+    writer.wait()
+    assert steps(tmp_path) == kept
+    for step in kept:
+        assert read_manifest(tmp_path / f"step-{step:08d}").loss == LOSSES[step]
+
+
+def test_a_better_one_takes_the_place_of_the_best(tmp_path):
+    writer = make(tmp_path, 1, best=True)
+    for step, loss in {1: 2.0, 2: 3.0, 3: 1.5, 4: 1.5, 5: 9.0}.items():
+        begin(writer, step, loss=loss)
+    writer.wait()
+    assert steps(tmp_path) == [4, 5], "of two that are as good the newer"
+
+
+def test_room_is_looked_for_before_it_is_needed(tmp_path, monkeypatch):
+    writer, engine = make(tmp_path, 2), killed_savers.StateOnly(1)
+    needed = 4 * 3 * (15 + 7 + 1)
+    free = needed
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    assert writer.find_trouble(engine) is None
+    free -= 1
+    assert writer.find_trouble() is None, "not while no save is near"
+    error = writer.find_trouble(engine)
+    assert isinstance(error, PreflightError) and socket.gethostname() in error.cause
+    assert error.where == str(tmp_path) and "free some space" in error.fix

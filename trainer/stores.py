@@ -1,0 +1,157 @@
+"""Where checkpoints go: how the files of all ranks come together, and how one is published.
+
+Every store has a local folder, in which a rank writes its part aside of training.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from shoal.configs.errors import PreflightError, ShoalError
+from shoal.trainer.checkpoint import (
+    MANIFEST,
+    Manifest,
+    Retention,
+    checkpoint_name,
+    remove_old,
+)
+from shoal.trainer.storage import sync, write_text
+from shoal.trainer.teamwork import LOOK_SECONDS, gather
+
+OWNER = ".owner"
+LOCK = ".lock"
+Word = dict[str, Any]
+
+
+class SharedFolder:
+    """One folder that all ranks see; the first rank publishes."""
+
+    def __init__(self, root: Path, timeout: float = 600) -> None:
+        """Name the folder.
+
+        Args:
+            root: Folder of the run's checkpoints.
+            timeout: Seconds to wait for other ranks' files, or for the folder.
+        """
+        self.root, self.timeout = root, timeout
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.token = ""
+
+    def claim(self, token: str) -> None:
+        """Take over; collective. Removes what killed savers left aside.
+
+        Whoever else still writes there, such as a rank of an attempt that was cut off, publishes
+        and removes nothing any more: the folder names its owner.
+
+        Raises:
+            PreflightError: it is not one folder for all ranks; names the host of one that is apart.
+        """
+        self.token = token
+        if self.rank == 0:
+            self._take(token)
+        gather(None)
+        self._check_shared()
+
+    def hand_in(
+        self, aside: Path, file: str, word: Word, wanted: Callable[[], bool]
+    ) -> list[Word] | None:
+        """Give this rank's file and what it says of it; return all ranks' words where it publishes.
+
+        Args:
+            aside: Where this rank has written it.
+            file: Its name there.
+            word: What is to be known of it.
+            wanted: Whether the others' are still worth waiting for.
+
+        Raises:
+            ShoalError: the others did not hand in theirs in time.
+        """
+        write_text(aside / f"rank-{self.rank:05d}.json", json.dumps(word))
+        return self._collect(aside, wanted) if self.rank == 0 else None
+
+    def publish(self, aside: Path, manifest: Manifest, rule: Retention) -> None:
+        """Give the folder its name, and remove what is too old; only the owner may.
+
+        Raises:
+            ShoalError: another attempt owns the folder.
+        """
+        (aside / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+        sync(aside / MANIFEST)
+        sync(aside)
+        final = self.root / checkpoint_name(manifest.step)
+        with self._hold_folder():
+            if (self.root / OWNER).read_text(encoding="utf-8") != self.token:
+                raise ShoalError(
+                    "another attempt of this run has taken over: this one publishes nothing more",
+                    where=self.root,
+                )
+            if final.exists():  # done again after going back, or damaged
+                final.rename(self.root / f".partial-old-{final.name}")
+            aside.rename(final)
+            sync(self.root)
+            remove_old(self.root, rule, manifest.step)
+
+    def _take(self, token: str) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        with self._hold_folder():
+            for leftover in self.root.glob(".partial-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            write_text(self.root / OWNER, token)
+
+    def _check_shared(self) -> None:
+        """Refuse ranks that cannot see what the first one has just written."""
+        import socket
+
+        file = self.root / OWNER
+        seen = file.is_file() and file.read_text(encoding="utf-8") == self.token
+        for rank, host in enumerate(gather(None if seen else socket.gethostname())):
+            if host is not None:
+                raise PreflightError(
+                    f"rank {rank} on {host} does not see the checkpoints of rank 0 there",
+                    where=self.root,
+                    fix="give output= a folder that all hosts share",
+                )
+
+    def _collect(self, aside: Path, wanted: Callable[[], bool]) -> list[Word]:
+        """Wait for the words of all ranks and return them, in the order of ranks."""
+        deadline = time.monotonic() + self.timeout
+        names = [f"rank-{rank:05d}.json" for rank in range(self.ranks)]
+        while missing := [name for name in names if not (aside / name).is_file()]:
+            if time.monotonic() > deadline or not wanted():
+                raise ShoalError(
+                    f"{len(missing)} ranks have not written their part in {self.timeout:.0f} s, "
+                    f"the first is {missing[0].removesuffix('.json')}",
+                    where=aside,
+                    fix="see to the disk of that rank; is the folder really shared?",
+                )
+            time.sleep(LOOK_SECONDS)
+        words = [json.loads((aside / name).read_text(encoding="utf-8")) for name in names]
+        for name in names:
+            (aside / name).unlink()
+        return words
+
+    @contextmanager
+    def _hold_folder(self) -> Iterator[None]:
+        """Let one process at a time change which checkpoints there are."""
+        deadline = time.monotonic() + self.timeout
+        with (self.root / LOCK).open("w") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise PreflightError(
+                            "another process has been changing it for too long", where=self.root
+                        ) from None
+                    time.sleep(LOOK_SECONDS)
+            yield

@@ -1,0 +1,80 @@
+"""Work that takes long on some ranks: the others wait, see that it moves, and learn of errors.
+
+A rank that waited inside one collective could not be told from one that hangs (launcher.watchdog).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+Result = TypeVar("Result")
+Progress = Callable[[str], None]
+Tick = Callable[[], None]
+LOOK_SECONDS = 0.05
+CPU = torch.device("cpu")
+
+
+def do_together(
+    work: Callable[[Tick], Result],
+    doing: str,
+    progress: Progress = lambda doing: None,
+    device: torch.device = CPU,
+) -> Result:
+    """Do this rank's part of a work aside; return its result when all ranks have done theirs.
+
+    Collective. `progress` is told `doing` on every rank for as long as any rank gets further.
+
+    Args:
+        work: Calls what it is given whenever it has got further.
+        doing: What it is.
+        progress: Of the watchdog.
+        device: Of the ranks' collectives.
+
+    Raises:
+        Exception: what was raised by the work of the first rank that failed; on all ranks.
+    """
+    results: list[Result] = []
+    errors: list[BaseException] = []
+    ticks = [0]
+
+    def tick() -> None:
+        ticks[0] += 1
+
+    def run() -> None:
+        try:
+            results.append(work(tick))
+        except BaseException as error:  # raised below, on every rank
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name=doing)
+    thread.start()
+    last, busy = -1, True
+    while busy:
+        thread.join(LOOK_SECONDS)
+        state = torch.tensor([int(thread.is_alive()), ticks[0]], device=device)
+        dist.all_reduce(state)
+        busy = bool(state[0])
+        if int(state[1]) != last:
+            last = int(state[1])
+            progress(doing)
+    raise_together(errors[0] if errors else None)
+    return results[0]
+
+
+def raise_together(error: BaseException | None) -> None:
+    """Raise on all ranks what has befallen the first of them, if anything; collective."""
+    for found in gather(error):
+        if found is not None:
+            raise found
+
+
+def gather(value: Any) -> list[Any]:
+    """Return the values of all ranks; collective."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
