@@ -1,23 +1,28 @@
-"""Whether a job over these hosts would run: one line a host and check, each with its remedy."""
+"""Whether a job over these hosts would run: every host is asked at once, and its ranks sum."""
 
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from shoal.configs.errors import PreflightError, ShoalError
+from shoal.configs.errors import ConfigError, DataError, PreflightError, ShoalError
+from shoal.configs.load import config_hash, dump_config
 from shoal.configs.schema import RunConfig
 from shoal.launcher.fanout import caught_signals, run_attempt
+from shoal.launcher.findings import Facts, Finding, judge_host
 from shoal.launcher.greeting import NoAnswerError, ask_host
 from shoal.launcher.hosts import Host, is_local
 from shoal.launcher.inspection import Request, inspect
+from shoal.launcher.meeting import open_meeting
 from shoal.launcher.processes import launch_ranks
+from shoal.launcher.refusals import explain_refusal
 from shoal.launcher.runs import run_folder
 
 if TYPE_CHECKING:
@@ -25,156 +30,184 @@ if TYPE_CHECKING:
 
     from shoal.launcher.run import Order
 
-CLOCK_SECONDS = 2.0
-SMALL_SHARED_MEMORY = 1 << 30
-"""NCCL and PyTorch put buffers there; containers give 64 MB by default."""
-Facts = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at, on one host or over all (`all`)."""
-
-    host: str
-    check: str
-    is_good: bool
-    text: str
-    fix: str | None = None
+ANSWER_SECONDS = 60.0
+FULL_SECONDS = 3600.0
+"""Every byte of the shards is read."""
+SCREEN_LINES = 40
 
 
 def check_cluster(
-    config: RunConfig, hosts: Sequence[Host], *, full: bool = False, probe: bool = True
+    config: RunConfig,
+    hosts: Sequence[Host],
+    *,
+    full: bool = False,
+    probe: bool = True,
+    quick: bool = False,
 ) -> list[Finding]:
     """Look at every host at once; then, if all is well, let their ranks talk.
 
     Args:
-        config: The run that is planned; its vocabulary size is known.
+        config: The run that is planned; its vocabulary size is known, or disks are not weighed.
         hosts: Machines of the job.
         full: Read every byte of the shards.
         probe: Start the ranks for a short all-reduce.
+        quick: Look only at what takes no time, and start nothing.
     """
-    folder = run_folder(config)
+    folder = run_folder(config).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    streams = [Path(stream.path).absolute() for stream in config.data.train]
-    with NamedTemporaryFile(prefix=".check-", dir=folder.absolute()) as token:
+    streams = [stream.path for stream in config.data.train]
+    streams += [config.data.validation] if config.data.validation else []
+    with NamedTemporaryFile("w", prefix=".check-", dir=folder) as token:
+        token.write(dump_config(config))
+        token.flush()
         request = Request(
-            str(folder.absolute()), token.name, hosts[0].name, list(map(str, streams)), full
+            run=str(folder),
+            token=token.name,
+            first=hosts[0].name,
+            shards=[str(Path(stream).absolute()) for stream in streams],
+            full=full,
+            quick=quick,
         )
-        with ThreadPoolExecutor(len(hosts)) as pool:
-            answers = list(pool.map(lambda host: _ask(host, config, request), hosts))
+        answers = _ask_all(hosts, config, request)
+    for late in folder.glob(f"{Path(token.name).name}-*"):
+        late.unlink(missing_ok=True)
     known = [answer for answer in answers if not isinstance(answer, Finding)]
     findings: list[Finding] = []
     for host, answer in zip(hosts, answers, strict=True):
         if isinstance(answer, Finding):
             findings.append(answer)
         else:
-            findings += _judge(host, answer, known[0], config, len(hosts))
-    if probe and all(finding.is_good for finding in findings):
+            alone = len(hosts) == 1 and is_local(host.name)
+            findings += judge_host(host, answer, known[0], config, quick=quick, alone=alone)
+    if probe and not quick and all(finding.is_good for finding in findings):
         findings.append(_probe(config, hosts))
     return findings
 
 
-def _ask(host: Host, config: RunConfig, request: Request) -> Facts | Finding:
+def check_before_start(hosts: Sequence[Host], config: RunConfig) -> None:
+    """Refuse to begin on fewer machines than were asked for, or where one could not train.
+
+    Raises:
+        ConfigError: more are asked for than are named.
+        DataError: a machine has other shards than the first, or broken ones.
+        PreflightError: a machine does not answer, has other versions or files, too few devices...
+    """
+    if len(hosts) < config.world.min_hosts:
+        raise ConfigError(
+            f"{config.world.min_hosts} hosts are to be left at least, and {len(hosts)} are named",
+            where="world.min_hosts",
+        )
+    with suppress(ShoalError):  # known once the corpus is prepared; disks are weighed then
+        config = resolve_vocab(config)
+    bad = [one for one in check_cluster(config, hosts, quick=True) if not one.is_good]
+    if not bad:
+        return
+    first, others = bad[0], list(dict.fromkeys(one.host for one in bad[1:]))
+    more = f" (also: {', '.join(others)}; `shoal check` tells all)" if others else ""
+    kind = DataError if first.check == "shards" else PreflightError
+    raise kind(first.text + more, where=first.host, fix=first.fix)
+
+
+def _ask_all(hosts: Sequence[Host], config: RunConfig, request: Request) -> list[Facts | Finding]:
+    """Ask all machines side by side; one that hangs is given up without waiting for it."""
+    seconds = FULL_SECONDS if request.full else ANSWER_SECONDS
+    answers: dict[int, Facts | Finding] = {}
+    meeting = None if len(hosts) == 1 or request.quick else (
+        open_meeting(hosts[0], config.world.launcher, seconds)
+    )  # fmt: skip
+
+    def ask(index: int, host: Host, request: Request) -> None:
+        answers[index] = _ask(host, config, request, seconds)
+
+    def ask_each(request: Request) -> None:
+        threads = []
+        for index, host in enumerate(hosts):
+            mine = replace(request, mark=f"{request.token}-{index}")
+            thread = threading.Thread(target=ask, args=(index, host, mine), daemon=True)
+            thread.start()
+            threads.append(thread)
+        deadline = time.monotonic() + seconds + 5  # what is asked for here has no limit of its own
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    if meeting is None:
+        ask_each(request)
+    else:
+        with meeting as place:
+            ask_each(replace(request, meeting=(place.port, place.word)) if place else request)
+    lost = f"did not answer within {seconds:.0f} s"
+    found = dict(answers)  # who answers from now on is too late
+    return [found.get(index) or _refuse(host, lost) for index, host in enumerate(hosts)]
+
+
+def _ask(host: Host, config: RunConfig, request: Request, seconds: float) -> Facts | Finding:
     begun = time.time()
     try:
         if is_local(host.name):
             facts = inspect(request)
         else:
-            words = "--inspect", json.dumps(asdict(request))
-            facts = ask_host(host.name, config.world.launcher, *words)
+            words = json.dumps(asdict(request))
+            facts = ask_host(host.name, config.world.launcher, "--inspect", words, seconds=seconds)
     except NoAnswerError as error:
         if config.world.launcher == "none":
             return Finding(host.name, "reach", True, "nothing but its guard can be asked")
-        fix = f"`ssh -o BatchMode=yes {host.name} true` must work from here, and this folder and "
-        fix += "this Python must be there too"
-        return Finding(host.name, "reach", False, str(error), fix)
+        found = error.refusal or explain_refusal(host.name, str(error), None)
+        return Finding(host.name, "reach", False, found.cause, found.fix)
+    except ShoalError as error:  # no srun here
+        return Finding(host.name, "reach", False, str(error).splitlines()[0], error.fix)
     ended = time.time()
     facts["seconds"] = ended - begun
     facts["skew"] = max(0.0, begun - facts["time"], facts["time"] - ended)
+    facts["marked"] = _take_mark(request)
+    facts["expected_config"] = config_hash(config)
     return facts
 
 
-def _judge(host: Host, facts: Facts, first: Facts, config: RunConfig, count: int) -> list[Finding]:
-    """Return what is to be said of a host that has answered, beside the first one that has."""
-
-    def say(check: str, problem: str | None, text: str, fix: str | None = None) -> Finding:
-        return Finding(host.name, check, problem is None, problem or text, problem and fix)
-
-    found = [say("reach", None, f"answers in {facts['seconds']:.1f} s")]
-    found.append(say("software", *_compare_versions(facts["versions"], first["versions"])))
-    found.append(say("devices", *_count_devices(host, facts["devices"])))
-    skew = facts["skew"]
-    slow = f"its clock is {skew:.0f} s off" if skew > CLOCK_SECONDS else None
-    found.append(say("clock", slow, "agrees", "let NTP or chrony set it"))
-    alone = None if facts["shares"] else f"does not see {run_folder(config)}"
-    found.append(
-        say("run folder", alone, "is shared", "mount it at the same path, or give output=FOLDER")
-    )
-    found.append(say("disk", *_weigh_disk(facts, config)))
-    found.append(say("shared memory", *_weigh_shared_memory(facts["shared_memory"])))
-    if left := facts["leftovers"]:  # in nobody's way
-        text = f"{len(left)} folders of killed jobs, {left[0]} and others like it"
-        found.append(Finding(host.name, "leftovers", True, text, "remove them: nobody uses them"))
-    broken = next((problem for problem in facts["shards"].values() if problem), None)
-    found.append(say("shards", broken, "as recorded, where they exist"))
-    if count > 1:
-        way = facts["interface"]
-        found.append(say("network", way.get("error"), f"over {way.get('name')}", way.get("fix")))
-    return found
+def _refuse(host: Host, text: str) -> Finding:
+    found = explain_refusal(host.name, text, None)
+    return Finding(host.name, "reach", False, found.cause, found.fix)
 
 
-def _compare_versions(theirs: dict[str, str], ours: dict[str, str]) -> tuple[str | None, str, str]:
-    odd = [f"{name} {theirs.get(name)}, on the first host {version}"
-           for name, version in ours.items() if theirs.get(name) != version]  # fmt: skip
-    text = f"Python {theirs['python']}, torch {theirs['torch']}, Shoal's code {theirs['code']}"
-    return "; ".join(odd) or None, text, "`make install` from the same checkout everywhere"
+def _take_mark(request: Request) -> bool:
+    """Return whether what a machine has written is seen here, too; and remove it."""
+    mark = Path(request.mark or "")
+    try:
+        seen = mark.read_text(encoding="utf-8") == request.mark
+    except OSError:
+        return False
+    with suppress(OSError):
+        mark.unlink()
+    return seen
 
 
-def _count_devices(host: Host, devices: Facts) -> tuple[str | None, str, str]:
-    fix = f"write {host.name} slots={devices['count']}, or set CUDA_VISIBLE_DEVICES= for CPU ranks"
-    if devices["error"]:
-        return devices["error"], "", "see `nvidia-smi` there; a newer driver or an older PyTorch"
-    if not devices["count"]:
-        return None, f"no GPU: {host.slots} CPU ranks on {devices['cores']} cores", fix
-    text = f"{devices['count']} x {devices['names'][0]}"
-    few = devices["count"] < host.slots
-    return f"{text}, and {host.slots} ranks are asked for" if few else None, text, fix
+def start_ranks(hosts: Sequence[Host], argv: Sequence[str], config: RunConfig) -> None:
+    """Start all ranks once, as a training would, and wait for their end.
 
-
-def _weigh_disk(facts: Facts, config: RunConfig) -> tuple[str | None, str, str]:
-    from shoal.launcher.training import needed_bytes
-
-    needed, free = needed_bytes(run_folder(config), config) / 1e9, facts["free_bytes"] / 1e9
-    text = f"checkpoints need {needed:.2f} GB of {free:.1f} GB free"
-    return text if needed > free else None, text, "free some, or lower checkpoint.keep"
-
-
-def _weigh_shared_memory(memory: dict[str, int]) -> tuple[str | None, str, str]:
-    text = f"{memory['free'] / 1e9:.1f} of {memory['total'] / 1e9:.1f} GB free"
-    small = memory["free"] < SMALL_SHARED_MEMORY
-    return text if small else None, text, "give the container more: docker run --shm-size=8g"
+    Raises:
+        ShoalError: as a training would.
+    """
+    if len(hosts) == 1 and is_local(hosts[0].name):
+        launch_ranks(hosts[0].slots, argv, threads=config.world.threads)
+        return
+    with caught_signals() as caught:
+        end = run_attempt(hosts, argv, config.world, run_folder(config), caught, lambda: False)
+    if end.error:
+        raise end.error
 
 
 def _probe(config: RunConfig, hosts: Sequence[Host]) -> Finding:
     """Start all ranks as a training would, and let them sum a tensor."""
-    folder = run_folder(config)
-    out = folder.absolute() / ".probe.json"
+    out = run_folder(config).absolute() / ".probe.json"
     out.unlink(missing_ok=True)
-    argv = ["--probe", str(out)]
     begun = time.monotonic()
     try:
-        if len(hosts) == 1 and is_local(hosts[0].name):
-            launch_ranks(hosts[0].slots, argv, threads=config.world.threads)
-        else:
-            with caught_signals() as caught:
-                end = run_attempt(hosts, argv, config.world, folder, caught, lambda: False)
-            if end.error:
-                raise end.error
+        start_ranks(hosts, ["--probe", str(out)], config)
+        found = json.loads(out.read_text(encoding="utf-8"))
     except ShoalError as error:
         return Finding("all", "all-reduce", False, str(error).splitlines()[0], error.fix)
+    finally:
+        out.unlink(missing_ok=True)
     seconds = time.monotonic() - begun
-    found = json.loads(out.read_text())
-    out.unlink()
     rate = f"{found['bytes_per_second'] / 1e9:.2f} GB/s bus bandwidth over {found['backend']}"
     if found["ranks"] == 1:
         rate = "nothing to send"
@@ -182,33 +215,66 @@ def _probe(config: RunConfig, hosts: Sequence[Host]) -> Finding:
     return Finding("all", "all-reduce", True, text)
 
 
-def check_order(order: Order, *, full: bool, probe: bool, as_json: bool) -> int:
-    """Look at the hosts of a job that a command line asks for; show it, return the exit code."""
+def resolve_vocab(config: RunConfig) -> RunConfig:
+    """Return the config with the vocabulary that its model will have; disks are weighed by it.
+
+    Raises:
+        ConfigError, DataError: neither the shards nor their config tell.
+    """
     from shoal.launcher.plan import find_vocab_size
+
+    model = config.model.with_vocab(find_vocab_size(config))
+    return config.model_copy(update={"model": model})
+
+
+def plan_check(order: Order) -> tuple[RunConfig, list[Host]]:
+    """Return the run and the machines that a command line names, as a check needs them."""
     from shoal.launcher.run import find_hosts
-    from shoal.launcher.tables import show
 
     (config,) = order.load()
-    model = config.model.with_vocab(find_vocab_size(config))
-    config = config.model_copy(update={"model": model})
-    findings = check_cluster(config, find_hosts(order, config), full=full, probe=probe)
+    config = resolve_vocab(config)
+    return config, find_hosts(order, config)
+
+
+def check_order(order: Order, *, full: bool, probe: bool, as_json: bool) -> int:
+    """Look at the hosts of a job that a command line asks for; show it, return the exit code."""
+    config, hosts = plan_check(order)
+    findings = check_cluster(config, hosts, full=full, probe=probe)
+    show_findings(findings, as_json=as_json)
+    return 0 if all(finding.is_good for finding in findings) else PreflightError.exit_code
+
+
+def show_findings(findings: Sequence[Finding], *, as_json: bool) -> None:
+    """Print what was found, as a table or as a line of JSON each."""
+    from shoal.launcher.tables import show
+
     if as_json:
         for finding in findings:
             print(json.dumps(asdict(finding)))
     else:
         show(findings_table(findings))
-    return 0 if all(finding.is_good for finding in findings) else PreflightError.exit_code
 
 
 def findings_table(findings: Sequence[Finding]) -> Table:
-    """Return a line for each; remedies are behind what is wrong."""
+    """Return a line for each, with remedies behind what is wrong.
+
+    Where that were more than a screen, what is good and alike on several hosts is one line.
+    """
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None)
     for column in ("host", "check", "", "what was found"):
         table.add_column(column)
-    for finding in findings:
-        mark = "[green]good[/green]" if finding.is_good else "[bold red]BAD[/bold red]"
-        text = finding.text + (f"\n  fix: {finding.fix}" if finding.fix else "")
-        table.add_row(finding.host, finding.check, mark, text)
+    alike: dict[object, list[Finding]] = {}
+    for number, finding in enumerate(findings):
+        folds = finding.is_good and len(findings) > SCREEN_LINES
+        key = (finding.check, finding.text, finding.fix) if folds else number
+        alike.setdefault(key, []).append(finding)
+    for group in alike.values():
+        one = group[0]
+        host = one.host if len(group) == 1 else f"{one.host} and {len(group) - 1} more"
+        mark = "[green]good[/green]" if one.is_good else "[bold red]BAD[/bold red]"
+        text = one.text + (f"\n  fix: {one.fix}" if one.fix else "")
+        table.add_row(host, one.check, mark, escape(text))
     return table

@@ -103,20 +103,31 @@ def check(
     probe: Annotated[
         bool, typer.Option("--probe/--no-probe", help="Start the ranks for a short all-reduce.")
     ] = True,
+    qualify: Annotated[
+        bool, typer.Option("--qualify", help="Prove what the cluster does; some minutes.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Findings as JSON lines.")] = False,
 ) -> None:
     """Look at every host of a job before it is started: one line a host and check.
 
-    Software, devices, clocks, shared folder, disk, shards, network, and an all-reduce over all
-    ranks. Exits with 4 if anything is bad; each bad line says what to do.
+    Software, devices, drivers, clocks, shared folder, disk, shards, network, and an all-reduce over
+    all ranks. Exits with 4 if anything is bad; each bad line says what to do.
+
+    With --qualify small models are trained on all ranks: every ZeRO stage against a plain loop, a
+    run that loses a rank and goes on with fewer, all-reduces of several sizes, checkpoints written
+    and read.
 
     [dim]shoal check --hostfile hosts[/dim]
     [dim]shoal check pretrain_dense.yaml --hostfile hosts --full[/dim]
+    [dim]shoal check pretrain_dense.yaml --hostfile hosts --qualify[/dim]
     """
     from shoal.launcher.check import check_order
+    from shoal.launcher.qualification import qualify_order
     from shoal.launcher.run import make_order
 
     order = make_order(words or (), hostfile=hostfile)
+    if qualify:
+        raise typer.Exit(qualify_order(order, as_json=as_json))
     raise typer.Exit(check_order(order, full=full, probe=probe, as_json=as_json))
 
 

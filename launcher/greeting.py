@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from shoal.configs.errors import ConfigError, PreflightError
+from shoal.configs.errors import PreflightError
 from shoal.launcher.commands import Way, ask_command
 from shoal.launcher.fanout import START_SECONDS
 from shoal.launcher.hosts import Host, is_local
 from shoal.launcher.inspection import describe_installation
+from shoal.launcher.refusals import Refusal, explain_refusal
 
 
 def find_reachable(hosts: Sequence[Host], way: Way, least: int, run: Path) -> list[Host]:
@@ -34,30 +34,6 @@ def find_reachable(hosts: Sequence[Host], way: Way, least: int, run: Path) -> li
             "newest checkpoint",
         )
     return found
-
-
-def check_all_answer(hosts: Sequence[Host], way: Way, least: int, run: Path) -> None:
-    """Refuse to begin on fewer machines than were asked for, or on ones that differ.
-
-    Raises:
-        ConfigError: more are asked for than are named.
-        PreflightError: a machine does not answer, has other versions, or other files.
-    """
-    if len(hosts) < least:
-        raise ConfigError(
-            f"{least} hosts are to be left at least, and {len(hosts)} are named",
-            where="world.min_hosts",
-        )
-    problems = greet(hosts, way, run)
-    if problems:
-        name = next(iter(problems))
-        others = f" ({len(problems) - 1} more: {', '.join([*problems][1:])})"
-        raise PreflightError(
-            problems[name] + (others if len(problems) > 1 else ""),
-            where=name,
-            fix=f"`ssh -o BatchMode=yes {name} true` must work from here, and this folder, the run "
-            f"folder and {sys.executable} must be there too, with the same packages",
-        )
 
 
 def greet(hosts: Sequence[Host], way: Way, run: Path) -> dict[str, str]:
@@ -86,11 +62,15 @@ def is_guard_gone(name: str, way: Way, pid: int) -> bool:
 
 
 class NoAnswerError(Exception):
-    """A machine gave no answer; the text says what came instead."""
+    """A machine gave no answer; the text says what came instead, `refusal` what that means."""
+
+    def __init__(self, text: str, refusal: Refusal | None = None) -> None:
+        super().__init__(text)
+        self.refusal = refusal
 
 
-def ask_host(name: str, way: Way, *words: str) -> dict[str, Any]:
-    """Return what a machine says of itself.
+def ask_host(name: str, way: Way, *words: str, seconds: float = START_SECONDS) -> dict[str, Any]:
+    """Return what a machine says of itself, within so many seconds.
 
     Raises:
         NoAnswerError: it says nothing, or not what was asked for.
@@ -102,18 +82,19 @@ def ask_host(name: str, way: Way, *words: str) -> dict[str, Any]:
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            timeout=START_SECONDS, check=False,
+            timeout=seconds, check=False,
             start_new_session=True,  # Ctrl-C is for us: an ssh that it ends is no lost machine
         )  # fmt: skip
     except FileNotFoundError:
         raise PreflightError(f"there is no {command[0]} here", fix="install it") from None
     except subprocess.TimeoutExpired:
-        raise NoAnswerError(f"did not answer within {START_SECONDS:.0f} s") from None
+        text = f"did not answer within {seconds:.0f} s"
+        raise NoAnswerError(text, explain_refusal(name, text, None)) from None
     try:
         return dict(json.loads(done.stdout.splitlines()[-1]))
     except (ValueError, IndexError):
-        words_of_ssh = done.stderr.strip().splitlines()[-1:] or ["no answer"]
-        raise NoAnswerError(f"{words_of_ssh[0]} (exit code {done.returncode})") from None
+        refusal = explain_refusal(name, done.stderr, done.returncode)
+        raise NoAnswerError(refusal.cause, refusal) from None
 
 
 def _greet(host: Host, way: Way, token: Path) -> str | None:

@@ -26,7 +26,7 @@ from typing import Any, Literal
 from shoal.configs.errors import PreflightError
 from shoal.launcher.calls import Call
 from shoal.launcher.endings import Ending
-from shoal.launcher.inspection import Request, describe_installation, inspect
+from shoal.launcher.inspection import answer, describe_installation
 from shoal.launcher.outcomes import Outcome, describe
 from shoal.launcher.processes import ALONE, INTERFACE_VARIABLES, Advice, Place, run_ranks
 
@@ -237,7 +237,7 @@ def main() -> None:
         print(json.dumps(describe_installation() | facts))
         return
     if sys.argv[1:2] == ["--inspect"]:
-        print(json.dumps(inspect(Request(**json.loads(sys.argv[2])))))
+        answer(sys.argv[2])
         return
     try:
         if sys.argv[1:2] == ["--call"]:

@@ -65,7 +65,7 @@ class Order:
     dry_run: bool = False
     worker: bool = False
     probe: str | None = None
-    """File for what the ranks find out of their connection, instead of training."""
+    """File that says what the ranks do instead of training, or gets what they find; `rehearsal`."""
 
     def load(self) -> list[RunConfig]:
         """Load the configs with the overrides applied to each."""
@@ -233,11 +233,11 @@ def _train(order: Order, stop: StopRequest, watchdog: Watchdog) -> None:
     from shoal.launcher.world import World
 
     if order.probe:
-        from shoal.trainer.probe import measure_all_reduce
+        from shoal.launcher.rehearsal import rehearse
 
         world = World.detect(stop, watchdog)
         world.setup(WorldConfig())
-        measure_all_reduce(world.device, Path(order.probe))
+        rehearse(world, Path(order.probe))
         return
     configs = order.load()
     world = World.detect(stop, watchdog)

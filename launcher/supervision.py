@@ -20,9 +20,10 @@ from shoal.configs.errors import (
 )
 from shoal.configs.load import dump_config
 from shoal.configs.schema import RunConfig
+from shoal.launcher.check import check_before_start
 from shoal.launcher.endings import Interrupted, interrupted
 from shoal.launcher.fanout import AttemptEnd, caught_signals, run_attempt
-from shoal.launcher.greeting import check_all_answer, find_reachable, is_guard_gone
+from shoal.launcher.greeting import find_reachable, is_guard_gone
 from shoal.launcher.guard import AGENT_SECONDS, SILENCE_SECONDS
 from shoal.launcher.hosts import Host, is_local
 from shoal.launcher.processes import any_gone, launch_ranks, open_process
@@ -75,7 +76,7 @@ class _Job:
 
     def run(self) -> None:
         attempts = self.world.max_restarts + 1
-        check_all_answer(self.hosts, self.way, self.world.min_hosts, self.folder)
+        check_before_start(self.hosts, self.config)
         self._heed_request()
         seen = set()
         for attempt in range(1, attempts + 1):

@@ -274,7 +274,7 @@ class Job:
         self.answering: set[str] | None = None
         monkeypatch.setattr(supervision, "run_attempt", self._attempt)
         monkeypatch.setattr(supervision, "find_reachable", self._find)
-        monkeypatch.setattr(supervision, "check_all_answer", lambda *_: None)
+        monkeypatch.setattr(supervision, "check_before_start", lambda *_: None)
         monkeypatch.setattr(supervision, "is_guard_gone", lambda name, way, pid: True)
 
     def run(self, *names: str) -> None:
