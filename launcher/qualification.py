@@ -195,7 +195,7 @@ def compare_runs(whole: Path, killed: Path, death: dict[str, Any]) -> Claim:
         death: Rank and host that were killed.
     """
     from shoal.trainer.metrics import read_metrics
-    from shoal.trainer.qualification import Claim
+    from shoal.trainer.qualification import Claim, find_gap
 
     records = read_metrics(killed / "metrics.jsonl")
     losses = [
@@ -210,7 +210,7 @@ def compare_runs(whole: Path, killed: Path, death: dict[str, Any]) -> Claim:
         return _fail(RESUMED, f"{how}: steps were lost or repeated")
     if len(starts) < 2 or not last["step"]:
         return _fail(RESUMED, f"{how}: it did not go on from a checkpoint")
-    gap = max(abs(ours - theirs) for (_, ours), (_, theirs) in zip(*losses, strict=True))
+    gap = find_gap(*([loss for _, loss in of_run] for of_run in losses))
     text = f"{how}, resumed after step {last['step']} on {last['ranks']}: "
     text += f"losses of all {STEPS} steps are those of a run left alone"
     if not gap <= limit:
