@@ -266,28 +266,58 @@ def plan(
 @app.command(rich_help_panel="Look")
 def runs(
     folder: Annotated[Path, typer.Argument(help="Folder that holds runs.")] = Path("runs"),
+    clean: Annotated[
+        bool, typer.Option("--clean", help="Remove what killed jobs left, and old logs.")
+    ] = False,
+    keep: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="With --clean: remove all but the newest N checkpoints of every run, its best one "
+            "and its milestones.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --clean: only say what would be removed.")
+    ] = False,
 ) -> None:
-    """List runs: how far each is, its newest loss and checkpoint.
+    """List runs: how far each is, its loss, checkpoints and size, and how it ended; or clean up.
+
+    A run that is in training is never cleaned.
 
     [dim]shoal runs[/dim]
+    [dim]shoal runs --clean --dry-run[/dim]
+    [dim]shoal runs old_runs --clean --keep 1[/dim]
     """
-    from shoal.launcher.tables import runs_table, show
+    from shoal.configs.errors import ConfigError
+    from shoal.launcher.cleaning import clean_runs
+    from shoal.launcher.tables import cleaning_table, runs_table, show
 
-    show(runs_table(folder))
+    if clean:
+        cleaning = clean_runs(folder, keep=keep, dry_run=dry_run)
+        show(cleaning_table(cleaning, dry_run=dry_run))
+    elif keep or dry_run:
+        raise ConfigError("--keep and --dry-run go with --clean", where="command line")
+    else:
+        show(runs_table(folder))
 
 
 @app.command(rich_help_panel="Look")
 def inspect(
     path: Annotated[Path, typer.Argument(help="A run, checkpoint, shards, export or report.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every byte of checkpoints or shards.")
+    ] = False,
 ) -> None:
-    """Say what a folder is and what is in it.
+    """Say what a folder is and what is in it; exits with 3 where it is broken, and says what is.
 
     [dim]shoal inspect runs/default[/dim]
-    [dim]shoal inspect data/samples/train[/dim]
+    [dim]shoal inspect runs/default/checkpoints/step-00000100 --verify[/dim]
     """
-    from shoal.launcher.tables import inspect_path, show
+    from shoal.launcher.tables import show_path
 
-    show(inspect_path(path))
+    show_path(path, verify=verify)
 
 
 @app.command(rich_help_panel="Look")
@@ -341,7 +371,7 @@ def main(argv: list[str] | None = None) -> None:
 def _run(argv: list[str] | None) -> None:
     """Run typer; usage errors, which only it knows how to show, exit here."""
     try:
-        app(args=argv, prog_name="shoal", standalone_mode=False)
+        code = app(args=argv, prog_name="shoal", standalone_mode=False)
     except typer.Abort:  # its word for Ctrl-C
         raise KeyboardInterrupt from None
     except Exception as error:
@@ -350,6 +380,8 @@ def _run(argv: list[str] | None) -> None:
             raise
         error.show()
         raise SystemExit(2) from None
+    if code:  # of a typer.Exit, which is returned here
+        raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.configs.errors import ConfigError, DataError, ShoalError
+from shoal.launcher.history import RunFacts, describe_checkpoint, find_damage, read_history
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from shoal.launcher.cleaning import Cleaning
+
 Progress = Callable[[str, int, int | None], None]
+SHOWN = 4
+"""Checkpoints of a run that are named in a list of runs."""
 
 
 def show(table: Table) -> None:
@@ -77,6 +81,7 @@ def runs_table(folder: Path) -> Table:
     Raises:
         ConfigError: there is no such folder.
     """
+    from rich.markup import escape
     from rich.table import Table
 
     if not folder.is_dir():
@@ -86,58 +91,106 @@ def runs_table(folder: Path) -> Table:
             fix="name the folder that holds runs: shoal runs FOLDER; training makes the one "
             "named runs",
         )
-    table = Table(title=f"runs in {folder}", title_justify="left")
-    for column in ("run", "step", "of", "loss", "validation", "checkpoint", "last written"):
-        table.add_column(column, justify="left" if column == "run" else "right")
-    for file in sorted(folder.glob("**/config.yaml")):
-        run = file.parent
+    from shoal.launcher.history import list_runs
+
+    table = Table(title=escape(f"runs in {folder}"), title_justify="left")
+    for column in ("run", "step", "of", "loss", "validation", "checkpoints", "size", "state",
+                   "last written"):  # fmt: skip
+        left = column in ("run", "checkpoints", "state")
+        table.add_column(column, justify="left" if left else "right")
+    for run in list_runs(folder):
+        name = escape(str(run.relative_to(folder)))
         try:
-            table.add_row(str(run.relative_to(folder)), *_run_row(run))
+            table.add_row(name, *_run_row(run))
         except ShoalError as error:
-            table.add_row(str(run.relative_to(folder)), "", "", "", error.cause, "", "")
+            table.add_row(name, *[""] * 6, escape(error.cause), "")
     return table
 
 
 def _run_row(run: Path) -> list[str]:
-    from shoal.launcher.runs import read_run
-    from shoal.trainer.metrics import read_metrics
+    from shoal.launcher.history import format_bytes, read_history
 
-    config, records = read_run(run), read_metrics(run / "metrics.jsonl")
-    losses = [r for r in records if r["kind"] == "train"]
-    scores = [r for r in records if r["kind"] == "validation"]
-    written = datetime.fromtimestamp(run.stat().st_mtime)
+    facts = read_history(run)
+    scores = [r for r in facts.records if r["kind"] == "validation"]
     return [
-        f"{losses[-1]['step']:,}" if losses else "0",
-        f"{config.steps:,}",
-        f"{losses[-1]['loss']:.4f}" if losses else "",
+        f"{facts.last['step']:,}" if facts.last else "0",
+        f"{facts.config.steps:,}",
+        f"{facts.last['loss']:.4f}" if facts.last else "",
         f"{scores[-1]['bits_per_byte']:.4f} bits/byte" if scores else "",
-        _newest(run) or "none",
-        f"{written:%Y-%m-%d %H:%M}",
+        _list_checkpoints(facts),
+        format_bytes(facts.bytes),
+        facts.state,
+        f"{facts.written:%Y-%m-%d %H:%M}",
     ]
 
 
-def _newest(run: Path) -> str | None:
-    from shoal.launcher.screen import newest_checkpoint
+def _list_checkpoints(facts: RunFacts) -> str:
+    """Return the steps that are kept, the newest first, and what some of them are kept for."""
+    notes = dict.fromkeys(facts.milestones, "milestone")
+    if facts.best is not None:
+        notes[facts.best] = "best"
+    steps = [f"{step} ({notes[step]})" if step in notes else str(step)
+             for step in sorted(facts.checkpoints, reverse=True)]  # fmt: skip
+    return ", ".join(steps[:SHOWN]) + (f", {len(steps) - SHOWN} more" if steps[SHOWN:] else "")
 
-    found = newest_checkpoint(run)
-    return Path(found).name if found else None
+
+def cleaning_table(cleaning: Cleaning, *, dry_run: bool) -> Table:
+    """Return a line for each thing that was removed, and the sum."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from shoal.launcher.history import format_bytes
+
+    total = format_bytes(sum(one.bytes for one in cleaning.removed))
+    verb = "would be removed" if dry_run else "removed"
+    table = Table(title=f"{verb}: {total}", title_justify="left", box=None)
+    for column in ("size", "what", "why"):
+        table.add_column(column, justify="right" if column == "size" else "left")
+    for one in cleaning.removed:
+        table.add_row(format_bytes(one.bytes), escape(str(one.path)), one.why)
+    for run in cleaning.busy:
+        table.add_row("", escape(str(run)), "in training: not touched")
+    return table
 
 
-def inspect_path(path: Path) -> Table:
-    """Recognise a run, checkpoint, shards, report, export or model folder and describe it.
+def show_path(path: Path, *, verify: bool = False) -> None:
+    """Show what a folder is; with `verify` after reading every byte of its checkpoints or shards.
 
     Raises:
-        DataError: it is none of them.
+        DataError: it is nothing of ours, or broken; what can be said of it is shown before.
+    """
+    table, problems = inspect_path(path, verify=verify)
+    show(table)
+    if problems:
+        for other in problems[1:]:
+            problems[0].add_note(str(other))
+        raise problems[0]
+
+
+def inspect_path(path: Path, *, verify: bool = False) -> tuple[Table, list[DataError]]:
+    """Recognise a run, checkpoint, shards, report, export or model folder and describe it.
+
+    Returns:
+        What there is to be said, and what is broken.
+
+    Raises:
+        DataError: it is none of them, or so broken that nothing can be said.
     """
     if (path / "config.yaml").is_file() and not (path / "model.safetensors").is_file():
-        return _describe_run(path)
+        return _describe_run(path, verify=verify)
     if (path / "report.json").is_file():
-        return _describe_report(path)
+        return _describe_report(path), []
     if (path / "manifest.json").is_file():
-        tree = _read_json(path / "manifest.json")
-        return shards_table(path) if "shards_hash" in tree else _describe_checkpoint(path)
+        if "shards_hash" not in _read_json(path / "manifest.json"):
+            facts, problems = describe_checkpoint(path, verify=verify)
+            return facts_table(f"checkpoint {path}", facts), problems
+        if verify:
+            from shoal.data_pipeline.shards import verify as verify_shards
+
+            verify_shards(path)
+        return shards_table(path), []
     if (path / "config.json").is_file():
-        return _describe_model(path)
+        return _describe_model(path), []
     raise DataError(
         "is no run, checkpoint, shards, report or model" if path.exists() else "does not exist",
         where=path,
@@ -145,42 +198,35 @@ def inspect_path(path: Path) -> Table:
     )
 
 
-def _describe_run(run: Path) -> Table:
-    from shoal.launcher.runs import read_run
+def _describe_run(run: Path, *, verify: bool) -> tuple[Table, list[DataError]]:
+    """Describe a run and each of its checkpoints, whole or broken."""
     from shoal.trainer.ledger import read_ledger
 
-    config, entries = read_run(run), read_ledger(run / "ledger.jsonl")
-    step, of, loss, score, newest, written = _run_row(run)
-    return facts_table(
-        f"run {run}",
-        {
-            "model": f"{config.model.family}, {config.model.num_layers} layers, width "
-            f"{config.model.width}, exports as {config.model.export_class}",
-            "steps": f"{step} of {of}",
-            "training loss": loss,
-            "validation": score,
-            "newest checkpoint": newest,
-            "device seconds": f"{sum(entry.device_seconds for entry in entries):,.0f}",
-            "last written": written,
-        },
-    )
-
-
-def _describe_checkpoint(folder: Path) -> Table:
-    from shoal.trainer.checkpoint import read_manifest
-
-    manifest = read_manifest(folder)
-    files = [file for file in folder.iterdir() if file.is_file()]
-    return facts_table(
-        f"checkpoint {folder}",
-        {
-            "run": manifest.run.get("name"),
-            "step": manifest.step,
-            "tensors": len(manifest.tensors),
-            "files": len(files),
-            "bytes": sum(file.stat().st_size for file in files),
-        },
-    )
+    facts, entries = read_history(run), read_ledger(run / "ledger.jsonl")
+    step, of, loss, score, kept, size, state, written = _run_row(run)
+    model = facts.config.model
+    shown = {
+        "model": f"{model.family}, {model.num_layers} layers, width {model.width}, "
+        f"exports as {model.export_class}",
+        "state": state,
+        "steps": f"{step} of {of}",
+        "training loss": loss,
+        "validation": score,
+        "checkpoints": kept or "none",
+        "size": size,
+        "device seconds": f"{sum(entry.device_seconds for entry in entries):,.0f}",
+        "last written": written,
+    }
+    problems: list[DataError] = []
+    for path in reversed(facts.checkpoints.values()):
+        try:
+            damage = find_damage(path, verify=verify)
+        except DataError as error:
+            damage = [error]
+        whole = "verified" if verify else "files and sizes as recorded (--verify reads them)"
+        shown[path.name] = f"BROKEN: {damage[0].cause}" if damage else whole
+        problems += damage
+    return facts_table(f"run {run}", shown), problems
 
 
 def _describe_model(folder: Path) -> Table:

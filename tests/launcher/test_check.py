@@ -15,7 +15,7 @@ import pytest
 from shoal.configs.errors import ConfigError, DataError, PreflightError
 from shoal.configs.load import config_hash
 from shoal.configs.schema import DataConfig, ModelConfig, RunConfig, Stream, TrainConfig
-from shoal.launcher import check, drivers, greeting, inspection
+from shoal.launcher import check, cli, drivers, greeting, inspection
 from shoal.launcher.check import (
     check_before_start,
     check_cluster,
@@ -399,6 +399,17 @@ def test_findings_as_json_and_an_exit_code(
     assert check_order(order, full=False, probe=False, as_json=False) == 4
     assert "free some" in capsys.readouterr().out
     assert findings_table([one]).row_count == 1
+
+
+def test_what_is_bad_is_the_commands_exit_code(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for found in (True, False):
+        one = Finding("n1", "disk", found, "text")
+        monkeypatch.setattr(check, "check_cluster", lambda *_, one=one, **__: [one])
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["check", "default.yaml", "model.vocab_size=64", f"output={config.output}"])
+        assert caught.value.code == (0 if found else 4)
 
 
 def test_many_lines_that_say_the_same_are_one() -> None:
