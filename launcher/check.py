@@ -55,19 +55,11 @@ def check_cluster(
     """
     folder = run_folder(config).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    streams = [stream.path for stream in config.data.train]
-    streams += [config.data.validation] if config.data.validation else []
     with NamedTemporaryFile("w", prefix=".check-", dir=folder) as token:
         token.write(dump_config(config))
         token.flush()
-        request = Request(
-            run=str(folder),
-            token=token.name,
-            first=hosts[0].name,
-            shards=[str(Path(stream).absolute()) for stream in streams],
-            full=full,
-            quick=quick,
-        )
+        request = _make_request(config, folder, token.name, hosts[0])
+        request = replace(request, full=full, quick=quick)
         answers = _ask_all(hosts, config, request)
     for late in folder.glob(f"{Path(token.name).name}-*"):
         late.unlink(missing_ok=True)
@@ -82,6 +74,14 @@ def check_cluster(
     if probe and not quick and all(finding.is_good for finding in findings):
         findings.append(_probe(config, hosts))
     return findings
+
+
+def _make_request(config: RunConfig, folder: Path, token: str, first: Host) -> Request:
+    """Return what every machine is asked about a run; paths are the same on all of them."""
+    streams = [stream.path for stream in config.data.train]
+    streams += [config.data.validation] if config.data.validation else []
+    shards = [str(Path(stream).absolute()) for stream in streams]
+    return Request(run=str(folder), token=token, first=first.name, shards=shards)
 
 
 def check_before_start(hosts: Sequence[Host], config: RunConfig) -> None:

@@ -110,14 +110,10 @@ def check(
 ) -> None:
     """Look at every host of a job before it is started: one line a host and check.
 
-    Software, devices, drivers, clocks, shared folder, disk, shards, network, and an all-reduce over
-    all ranks. Exits with 4 if anything is bad; each bad line says what to do.
+    Exits with 4 if anything is bad; each bad line says what to do. With --qualify small models are
+    trained on all ranks: every ZeRO stage against a plain loop, a run that loses a rank and goes on
+    with fewer, all-reduces of several sizes, checkpoints written and read.
 
-    With --qualify small models are trained on all ranks: every ZeRO stage against a plain loop, a
-    run that loses a rank and goes on with fewer, all-reduces of several sizes, checkpoints written
-    and read.
-
-    [dim]shoal check --hostfile hosts[/dim]
     [dim]shoal check pretrain_dense.yaml --hostfile hosts --full[/dim]
     [dim]shoal check pretrain_dense.yaml --hostfile hosts --qualify[/dim]
     """

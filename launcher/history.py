@@ -159,9 +159,8 @@ def describe_checkpoint(folder: Path, *, verify: bool) -> tuple[dict[str, object
     states = sorted({state for tensor in manifest.tensors.values() for state in tensor})
     numbers = [math.prod(tensor["weight"].shape) for tensor in manifest.tensors.values()]
     stored = sum(fact.bytes for fact in manifest.files.values())
-    position, run = manifest.position, manifest.run
     facts: dict[str, object] = {
-        "run": run.get("name"),
+        "run": manifest.run.get("name"),
         "step": manifest.step,
         "format version": stated,
         "written by": _find_writer(folder, manifest.step),
@@ -171,20 +170,28 @@ def describe_checkpoint(folder: Path, *, verify: bool) -> tuple[dict[str, object
         "bytes": stored,
         "hashes": "verified" if verify else "not read; --verify reads every byte",
     }
-    batch = (run.get("train") or {}).get("batch_rows")
-    taken = manifest.step + position.get("passed_over", 0)
-    if batch:
-        facts["rows read"] = f"{taken * batch:,}, {batch} a step"
-    for identity, weight in position.get("streams", ()):
-        facts.setdefault("of shards", f"{identity[:16]}, weight {weight}")
-    if position.get("skipped"):
-        facts["steps left out"] = position["skipped"]
+    facts |= _describe_position(manifest.step, manifest.position, manifest.run)
     if (loss := getattr(manifest, "loss", None)) is not None:
         facts["validation loss"] = f"{loss:.4f}"
     if problems:
         facts["hashes"] = f"BROKEN: {problems[0]}" + (f" and {len(problems) - 1} more files"
                                                       if problems[1:] else "")  # fmt: skip
     return facts, problems
+
+
+def _describe_position(
+    step: int, position: dict[str, Any], run: dict[str, Any]
+) -> dict[str, object]:
+    """Return where the data stands, as a checkpoint remembers it."""
+    facts: dict[str, object] = {}
+    batch = (run.get("train") or {}).get("batch_rows")
+    if batch:
+        facts["rows read"] = f"{(step + position.get('passed_over', 0)) * batch:,}, {batch} a step"
+    for number, (identity, weight) in enumerate(position.get("streams", ()), 1):
+        facts[f"shards {number}"] = f"{identity[:16]}, weight {weight}"
+    if position.get("skipped"):
+        facts["steps left out"] = position["skipped"]
+    return facts
 
 
 def find_damage(folder: Path, *, verify: bool) -> list[DataError]:

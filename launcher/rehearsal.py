@@ -70,6 +70,8 @@ def rehearse(world: World, file: Path) -> None:
 
         measure_all_reduce(world.device, file)
         return
+    import torch
+
     from shoal.configs.load import load_config
     from shoal.configs.schema import RunConfig
     from shoal.launcher.training import train
@@ -77,6 +79,7 @@ def rehearse(world: World, file: Path) -> None:
     order = Rehearsal(**json.loads(file.read_text(encoding="utf-8")))
     with Path(os.devnull).open("w") as nowhere:  # progress bars; a check prints its own lines
         os.dup2(nowhere.fileno(), 1)
+    torch.set_num_threads(1)  # more of them make models this small slower
     if order.claims:
         _prove(world, order)
     if order.doom and order.doom["rank"] == world.rank:

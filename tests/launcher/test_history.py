@@ -196,7 +196,7 @@ def test_a_checkpoint_is_described(make_run: Make, capsys: pytest.CaptureFixture
     assert rows["states"] == "exp_avg, exp_avg_sq, weight"
     assert rows["rows read"] == "88, 4 a step", "two batches were passed over"
     assert rows["steps left out"] == "1"
-    assert rows["of shards"] == f"{'5' * 16}, weight 1.0"
+    assert rows["shards 1"] == f"{'5' * 16}, weight 1.0"
     assert rows["hashes"].startswith("not read")
     _, out, _ = shoal("inspect", str(folder), "--verify", capsys=capsys)
     assert "verified" in out
