@@ -59,6 +59,7 @@ def train(configs: Sequence[RunConfig], world: World) -> None:
 
 def _train_one(config: RunConfig, world: World, device: torch.device) -> None:
     from shoal.trainer.engine import Engine
+    from shoal.trainer.identity import check_same_on_ranks
     from shoal.trainer.loop import train as run_loop
     from shoal.trainer.teamwork import raise_together
 
@@ -67,6 +68,7 @@ def _train_one(config: RunConfig, world: World, device: torch.device) -> None:
     corpus = open_corpus(config)
     config = resolve_run(config, corpus.manifest)
     position = corpus.identity() | _teacher_identity(config)
+    check_same_on_ranks(config, position)
     _check_resume(folder, config, position)
     raise_together(find_short_disk(folder, config))
     if world.rank == 0:

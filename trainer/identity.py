@@ -1,10 +1,12 @@
-"""Whether a run may go on from a checkpoint: the same run, on the same inputs."""
+"""Whether a run may go on from a checkpoint, or ranks with each other: the same, on the same."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 from shoal.configs.errors import ConfigError, DataError
 from shoal.configs.load import build_config
@@ -66,4 +68,36 @@ def check_same_inputs(
                 where=where,
                 fix="point data.train and teacher.path at what the run was started with, or allow "
                 f"the change: 'checkpoint.allow_changes=[{key}]'",
+            )
+
+
+def check_same_on_ranks(config: RunConfig, position: Mapping[str, Any]) -> None:
+    """Refuse ranks that would train something else than rank 0; collective, and raised on all.
+
+    A host whose folder or packages are not those of the others has such ranks: each updates its own
+    part of the weights, and no later comparison would tell.
+
+    Args:
+        config: As this rank has read it.
+        position: Hashes and weights of the shards, hash of the teacher, as this rank has opened
+            them.
+
+    Raises:
+        ConfigError: names the ranks and the keys.
+    """
+    own = config.determinants() | dict(position)
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    first = found[0]
+    for rank, theirs in enumerate(found):
+        differing = [
+            f"{key} ({theirs.get(key)}, on rank 0 {first.get(key)})"
+            for key in sorted(theirs.keys() | first.keys())
+            if theirs.get(key) != first.get(key)
+        ]
+        if differing:
+            raise ConfigError(
+                f"rank {rank} was given another {'; '.join(differing)}",
+                fix="all hosts must share this folder, the shards and the same packages: "
+                "`shoal check --hostfile hosts` says what differs",
             )

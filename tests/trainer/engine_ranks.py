@@ -30,6 +30,7 @@ from shoal.data_pipeline.loader import Loader
 from shoal.kernels.backend import Kernels
 from shoal.trainer import checkpoint, loop, resumption, saver, segment, teamwork
 from shoal.trainer.engine import Engine, start_process_group, stop_process_group
+from shoal.trainer.identity import check_same_on_ranks
 from shoal.trainer.model import Transformer
 from shoal.trainer.moe import MixtureOfExperts, RouterStats
 from shoal.trainer.objective import Objective
@@ -483,12 +484,24 @@ def run_teamwork(case: dict[str, Any]) -> dict[str, Any]:
         return {"error": str(error), "told": told}
 
 
+def run_alike(case: dict[str, Any]) -> dict[str, Any]:
+    """Compare configs and inputs of the ranks, of which rank 1 may have been given others."""
+    own = case["rank 1"] if dist.get_rank() == 1 else {}
+    config = run_config({**case, "optim": own.get("optim", {})})
+    try:
+        check_same_on_ranks(config, {"streams": own.get("streams", "a")})
+    except ShoalError as raised:
+        return {"error": [type(raised).__name__, str(raised)]}
+    return {"error": None}
+
+
 RUNNERS = {
     "teamwork": run_teamwork,
     "train": run_train,
     "load": run_load,
     "refused": run_refused,
     "loop": run_loop,
+    "alike": run_alike,
 }
 
 

@@ -183,3 +183,16 @@ def test_too_little_room_is_found_before_a_save(tmp_path, monkeypatch):
     assert answer["error"][0] == PreflightError.__name__ and "free some space" in answer["error"][1]
     assert steps_on_disk(tmp_path / "run") == [2], "what was being written then is there"
     assert list(answer["rows"]) == [0, 1, 2, 3], "before the fourth step, which would be saved"
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({}, None),
+        ({"optim": {"lr": 0.5}}, "rank 1 was given another optim.lr (0.5, on rank 0 "),
+        ({"streams": "b"}, "rank 1 was given another streams (b, on rank 0 a)"),
+    ],
+)
+def test_ranks_that_would_not_train_the_same_are_refused(ranks, tmp_path, given, named):
+    case = make_case(tmp_path / "run", run="alike", **{"rank 1": given})
+    error = ranks(2).run({"a": case})["a"]["error"]
+    assert (error is None) == (named is None)
+    assert named is None or (error[0] == "ConfigError" and named in error[1])
