@@ -58,6 +58,8 @@ class Guard:
         """Its process id on its machine; None until it has spoken."""
         self.stopped_itself = False
         """Whether it ended its ranks because it did not hear from us."""
+        self.asked_at: float | None = None
+        """When it was asked for a word that it still owes us."""
         self._buffer = b""
         self.say(json.dumps(asdict(task)))
 
@@ -65,8 +67,19 @@ class Guard:
         """Send one line; a guard that is gone does not hear it."""
         self.line.send(line.encode() + b"\n")
 
+    def ask(self, moment: float) -> None:
+        """Let it know that we are here, and see that it is."""
+        self.say("beat")
+        self.asked_at = self.asked_at or moment
+
+    def is_silent(self, moment: float) -> bool:
+        """Whether it owes a word for too long: stopped, or on a machine that is."""
+        asked = self.pid is not None and self.asked_at is not None
+        return asked and moment - (self.asked_at or moment) > SILENCE_SECONDS
+
     def hear(self) -> bool:
         """Take in what it says; False when it has hung up."""
+        self.asked_at = None
         try:
             data = os.read(self.line.control, 1 << 16)
         except BlockingIOError:
@@ -213,19 +226,30 @@ class _Course:
                 selector.register(guard.line.control, selectors.EVENT_READ, guard)
             beat = 0.0
             while selector.get_map():
+                moment = time.monotonic()  # before: what we have missed meanwhile is read first
                 for key, _ in selector.select(LOOK_SECONDS):
                     hung_up = not key.data.hear()
                     if hung_up or key.data.ending:
                         selector.unregister(key.fd)
                     if hung_up and key.data.ending is None and self._killed_at is None:
                         self.lost.append(key.data.lost(key.data.line.describe_end()))
-                moment = time.monotonic()
                 if moment - beat > BEAT_SECONDS:
                     beat = moment
-                    self._tell("beat")
+                    self._ask_all(selector, moment)
                 self._steer(moment)
                 if self._killed_at and moment - self._killed_at > CLOSE_SECONDS:
                     break
+
+    def _ask_all(self, selector: selectors.BaseSelector, moment: float) -> None:
+        """Ask every guard for a word, and give up those that owe us one for too long."""
+        for guard in [key.data for key in selector.get_map().values()]:
+            if not guard.is_silent(moment):
+                guard.ask(moment)
+                continue
+            selector.unregister(guard.line.control)
+            if self._killed_at is None:
+                how = f"its guard stands still: no word for {SILENCE_SECONDS:.0f} s"
+                self.lost.append(guard.lost(how))
 
     def _steer(self, moment: float) -> None:
         """Pass on what has happened: the port, a request to stop, a failure."""

@@ -2,8 +2,9 @@
 
 Runs as `python -m shoal.launcher.guard`, by ssh or beside the launcher, or calls it (`calls`), and
 speaks JSON lines: on standard input first a `Task`, then words (`port N`, `beat`, `stop`, `kill`);
-on the control descriptor that it has started, the port it offers (first machine only), then how it
-ended. Whatever the ranks print goes to standard error, so that ssh keeps the two apart.
+on the control descriptor that it has started, the port it offers (first machine only), a word for
+each beat, and how it ended. Whatever the ranks print goes to standard error, so that ssh keeps the
+two apart.
 """
 
 from __future__ import annotations
@@ -61,8 +62,11 @@ class Task:
 class Orders:
     """What the launcher last said, and what its silence means."""
 
-    def __init__(self, lines: Iterable[str], save_seconds: float) -> None:
-        self._lines, self._save_seconds = lines, save_seconds
+    def __init__(
+        self, lines: Iterable[str], save_seconds: float, answer: Callable[[], object]
+    ) -> None:
+        """Listen to `lines` from now on, and `answer` each beat."""
+        self._lines, self._save_seconds, self._answer = lines, save_seconds, answer
         self._port: int | None = None
         self._heard = time.monotonic()
         self._advice: Advice = "go"
@@ -75,7 +79,9 @@ class Orders:
         for line in self._lines:
             self._heard = time.monotonic()
             word = line.strip()
-            if word.startswith("port "):
+            if word == "beat":
+                self._answer()
+            elif word.startswith("port "):
                 self._port = int(word.split()[1])
             elif word == "kill" or (word == "stop" and self._advice == "go"):
                 self._advice = word  # type: ignore[assignment]
@@ -149,11 +155,13 @@ def serve(orders: Iterator[str], tell: Callable[[bytes], object]) -> None:
     os.environ.update(task.environment)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of names it need not know
 
+    one_at_a_time = threading.Lock()
+
     def say(**message: Any) -> None:
-        with contextlib.suppress(OSError):  # the launcher is gone
+        with one_at_a_time, contextlib.suppress(OSError):  # the launcher is gone
             tell(json.dumps(message).encode() + b"\n")
 
-    heard = Orders(orders, task.save_seconds)
+    heard = Orders(orders, task.save_seconds, lambda: say(alive=True))
     ranks = set(task.global_ranks)
     say(started=os.getpid())
     try:
@@ -216,11 +224,19 @@ def _free_port() -> int:
 
 
 def is_guard(pid: int) -> bool:
-    """Return whether a process of that number is a guard."""
+    """Return whether a process of that number is a guard; one that is stopped is ended.
+
+    It hears nothing, its ranks live as long as it does, and its launcher has given it up.
+    """
     import psutil
 
     with contextlib.suppress(psutil.Error):
-        return "shoal.launcher.guard" in psutil.Process(pid).cmdline()
+        process = psutil.Process(pid)
+        if "shoal.launcher.guard" not in process.cmdline():
+            return False
+        if process.status() != psutil.STATUS_STOPPED:
+            return True
+        process.kill()
     return False
 
 

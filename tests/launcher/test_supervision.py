@@ -29,7 +29,7 @@ from shoal.configs.errors import (
     StoppedOnRequest,
 )
 from shoal.configs.schema import DataConfig, RunConfig, Stream, TrainConfig, WorldConfig
-from shoal.launcher import supervision
+from shoal.launcher import fanout, supervision
 from shoal.launcher.calls import Call, Switchboard
 from shoal.launcher.commands import Way, guard_command
 from shoal.launcher.endings import Interrupted
@@ -211,6 +211,27 @@ def test_a_guard_that_is_killed_leaves_nothing_to_wait_for(
     assert bool(end.cut_off) is elsewhere, "gone by a signal is what a killed ssh looks like, too"
 
 
+def test_a_guard_that_stands_still_is_given_up(
+    stage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE", "wait")
+    seconds = {"SILENCE_SECONDS": 2.0, "BEAT_SECONDS": 0.5, "CLOSE_SECONDS": 1.0}
+    for name, value in seconds.items():
+        monkeypatch.setattr(fanout, name, value)
+
+    def suspend() -> None:
+        next(guard for guard in guards() if not guard.cmdline()[-1].isdigit()).suspend()
+
+    thread = meanwhile(stage, 3, suspend)
+    end = attempt(stage, [])
+    thread.join()
+    assert type(end.error) is HostLostError
+    assert end.error.where == THERE.name
+    assert end.error.cause == "its guard stands still: no word for 2 s"
+    assert list(end.cut_off) == [THERE.name]
+    assert not list(guards())
+
+
 def test_an_error_of_a_guard_comes_with_its_machine(
     stage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,6 +251,11 @@ def test_a_guard_lives_until_it_is_gone() -> None:
         while not is_guard(guard.pid) and time.monotonic() < deadline:  # forked, and not yet itself
             time.sleep(0.05)
         assert is_guard(guard.pid)
+        guard.send_signal(signal.SIGSTOP)
+        while psutil.Process(guard.pid).status() != psutil.STATUS_STOPPED:
+            time.sleep(0.05)
+        assert not is_guard(guard.pid)
+        assert guard.wait(60) == -signal.SIGKILL, "who hears nothing is ended"
     finally:
         for process in (other, guard):
             process.kill()
