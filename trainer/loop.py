@@ -337,14 +337,15 @@ class _Training:
     def _skip(self, loss: float, norm: float, batches: Sequence[Batch]) -> bool:
         """Record a step that was left out on all ranks; after too many in a row go back, once.
 
-        Returns:
-            False when the run has gone back.
+        Returns False when the run has gone back.
 
         Raises:
             NonFiniteLossError: that has been tried, or there is nothing to go back to.
+            ReplicaError: it is not the rows: ranks hold other weights than the rest.
         """
         self.skipped += 1
         self.skipped_in_a_row += 1
+        self._compare_replicas()
         found: list[Any] = [None] * self.facts.ranks
         dist.all_gather_object(found, [row for batch in batches for row in batch.row_ids.tolist()])
         rows = sorted({row for of_rank in found for row in of_rank if row >= 0})

@@ -430,7 +430,7 @@ def run_loop(case: dict[str, Any], **more: Any) -> dict[str, Any]:
     def flip_bit(step: int) -> None:
         if (step, rank) == case["flip"]:
             weight = next(iter(engine.objective.parameters())).data.view(torch.int32).view(-1)
-            weight[3] ^= 1 << 20
+            weight[3] ^= 1 << case.get("bit", 20)
 
     if case.get("full", (None, 0))[0] == rank:
         saver.sync = partial(refuse_to_write, case["full"][1])

@@ -125,6 +125,16 @@ def test_a_bit_that_flips_on_one_rank_is_found_and_never_saved(ranks, tmp_path, 
     assert again["error"] is None
 
 
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_bit_that_spoils_the_loss_is_no_fault_of_the_rows(ranks, tmp_path, stage):
+    case = make_case(tmp_path / "run", run="loop", flip=(3, 1), bit=30, stage=stage, every_steps=2)
+    kind, text = ranks(2).run({"a": case})["a"]["error"]
+    assert kind == ReplicaError.__name__ and "after step 4" in text
+    assert steps_on_disk(tmp_path / "run") == [2]
+    assert ranks(2).run({"b": {**case, "flip": None}})["b"]["error"] is None
+    assert list(curve(tmp_path / "run")) == list(range(1, STEPS + 1)), "no step was left out"
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_sound_replicas_are_alike_at_every_stage(ranks, tmp_path, stage):
     case = make_case(tmp_path / "run", run="loop", stage=stage, compare_every=1)
