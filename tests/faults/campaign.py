@@ -1,320 +1,243 @@
 """Faults drawn at random moments of short runs, and whether anything was lost.
 
-Every run is brought to its end, by itself or by the same command again, and must then hold the very
-weights and losses of a run that nothing befell. See `python -m tests.faults --help`.
+Every run is brought to its end, by itself or by the same command again, and must then have read the
+very rows, and hold the very weights and losses, of a run that nothing befell. See
+`python -m tests.faults --help`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
-import os
 import random
 import shutil
-import signal
 import subprocess
-import sys
-import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
-import yaml
 
-RUN_PY = str(Path(__file__).resolve().parents[2] / "launcher" / "run.py")
-STEPS, ROWS, CONTEXT = 150, 4, 64
-END_SECONDS = 150
-CORPUS = {
-    "name": "small",
-    "output": "data/small",
-    "train": [{"path": "{samples}/domain_train.jsonl.gz", "max_bytes": 200_000}],
-    "tokenizer": {"vocab_size": 400},
-    "context": CONTEXT,
-}
-RUN = {
-    "name": "run",
-    "prepare": "corpus.yaml",
-    "model": {"context": CONTEXT, "num_layers": 2, "width": 32, "num_heads": 2},
-    "data": {"train": [{"path": "data/small/train"}]},
-    "optim": {"lr": 5e-3},
-    "train": {"tokens": STEPS * ROWS * CONTEXT, "batch_rows": ROWS, "precision": "fp32"},
-    "checkpoint": {"every_steps": 15, "keep": 3},
-    "world": {"timeout_seconds": 12},
-}
+from tests.faults.faults import FAULTS, Ends, Fault
+from tests.faults.job import RUN, STEPS, Job
+from tests.faults.judgement import LostError, check_same, count_lost
+from tests.faults.lab import LabHost
+
+LAYOUTS = {(1, 1): 4, (1, 1, 1): 3, (2, 2): 2, (2, 2, 2): 1}
+"""Ranks of each host -> how often it is drawn."""
+LAST_STEP = STEPS - 40
+"""Of a fault: later ones might meet a run that has ended."""
+MOST_SECONDS = {"stop": 5 * 20.0, "rank": 5 * 30.0, "host": 5 * 90.0}
+"""Five times what is asked for: others use the machine, too."""
+HOST_FAULTS = ("lose", "cut", "pause")
 
 
 @dataclass
 class Trial:
     """One fault and what came of it."""
 
+    number: int
     fault: str
-    step: int
+    place: str = "machine"
+    """Or ranks of each host, and where the launcher is: `1+1 at n1`."""
+    step: int = 0
+    plan: dict[str, Any] = field(default_factory=dict)
     codes: list[int] = field(default_factory=list)
+    again: float | None = None
+    """Seconds from the fault until it trained again by itself."""
+    ended: float | None = None
+    """Seconds from the fault to the end of a command that it has stopped."""
     seconds: float = 0.0
+    """Of the whole trial."""
+    lost: int = 0
+    repeated: int = 0
+    """Rows."""
     problem: str | None = None
 
 
-class Job:
-    """A run in a folder of its own, started as often as needed."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True)
-        (folder / "corpus.yaml").write_text(yaml.safe_dump(CORPUS))
-        (folder / "run.yaml").write_text(yaml.safe_dump(RUN))
-        (folder / "hosts").write_text("localhost slots=2\n")
-        self.run = folder / "runs/run"
-        self.process: subprocess.Popen[bytes]
-
-    def start(self, *words: str) -> None:
-        command = [sys.executable, RUN_PY, "--hostfile", "hosts", "run.yaml", *words]
-        with (self.folder / "output").open("a") as output:
-            self.process = subprocess.Popen(
-                command, cwd=self.folder, stdout=output, stderr=output, start_new_session=True
-            )
-
-    def wait(self) -> int:
-        """Return the exit code, once nothing of the job is alive."""
-        code = self.process.wait(END_SECONDS)
-        deadline = time.monotonic() + 10
-        while self.processes() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        return code
-
-    def wait_for_step(self, step: int) -> None:
-        deadline = time.monotonic() + END_SECONDS
-        while self.count("train") < step:
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"step {step} was not reached:\n{self.output()[-3000:]}")
-            time.sleep(0.01)
-
-    def count(self, kind: str) -> int:
-        with contextlib.suppress(OSError):
-            return (self.run / "metrics.jsonl").read_text().count(f'"kind": "{kind}"')
-        return 0
-
-    def output(self) -> str:
-        return (self.folder / "output").read_text()
-
-    def processes(self) -> list[psutil.Process]:
-        """All that belongs to this job, the launcher excepted."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                ours = process.cwd() == str(self.folder) and process.pid != self.process.pid
-                if ours and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
-
-    def ranks(self) -> list[psutil.Process]:
-        return [p for p in self.processes() if "--worker" in p.cmdline()]
-
-    def checkpoints(self) -> list[Path]:
-        return sorted((self.run / "checkpoints").glob("step-*"))
-
-    def result(self) -> tuple[list[float], str]:
-        """Losses of all steps, and the files of the last checkpoint with their hashes."""
-        lines = (self.run / "metrics.jsonl").read_text().splitlines()
-        records = [r for line in lines if (r := json.loads(line))["kind"] == "train"]
-        assert [r["step"] for r in records] == list(range(1, STEPS + 1)), "steps lost or repeated"
-        manifest = json.loads((self.checkpoints()[-1] / "manifest.json").read_text())
-        assert manifest["step"] == STEPS
-        return [r["loss"] for r in records], json.dumps(manifest["files"], sort_keys=True)
-
-
-Fault = Callable[[Job, random.Random], Iterator[set[int]]]
-"""Does it; yields the exit codes that may follow, and after each end what is to be mended."""
-
-
-def kill_rank(job: Job, draw: random.Random) -> Iterator[set[int]]:
-    draw.choice(job.ranks()).kill()
-    yield {0}
-
-
-def freeze_rank(job: Job, draw: random.Random) -> Iterator[set[int]]:
-    draw.choice(job.ranks()).suspend()
-    yield {0}
-
-
-def terminate_rank(job: Job, draw: random.Random) -> Iterator[set[int]]:
-    draw.choice(job.ranks()).terminate()
-    yield {5}
-
-
-def kill_launcher(job: Job, draw: random.Random) -> Iterator[set[int]]:
-    job.process.kill()
-    yield {-signal.SIGKILL}
-
-
-def pause_launcher(job: Job, draw: random.Random) -> Iterator[set[int]]:
-    job.process.send_signal(signal.SIGSTOP)
-    time.sleep(draw.uniform(0.1, 3.0))
-    job.process.send_signal(signal.SIGCONT)
-    yield {0}
-
-
-def terminate_launcher(job: Job, draw: random.Random) -> Iterator[set[int]]:
-    job.process.send_signal(draw.choice([signal.SIGTERM, signal.SIGINT, signal.SIGHUP]))
-    yield {5}
-
-
-def kill_while_saving(job: Job, draw: random.Random) -> Iterator[set[int]]:
-    """SIGKILL of all ranks, or of the launcher, at a random moment of writing a checkpoint."""
-    deadline = time.monotonic() + END_SECONDS
-    while not list(job.run.glob("checkpoints/.partial-*")) and time.monotonic() < deadline:
-        time.sleep(0.0005)
-    assert list(job.run.glob("checkpoints/.partial-*")), "nothing was being saved"
-    time.sleep(draw.uniform(0.0, 0.03))
-    if draw.random() < 0.5:
-        job.process.kill()
-        yield {-signal.SIGKILL}
-    else:
-        for rank in job.ranks():
-            rank.kill()
-        yield {0}
-
-
-def damage_checkpoint(job: Job, draw: random.Random) -> Iterator[set[int]]:
-    """The newest checkpoint of a stopped run is cut, altered or loses a file."""
-    job.process.terminate()
-    yield {5}
-    file = draw.choice(sorted(job.checkpoints()[-1].iterdir()))
-    damage(file, draw)
-
-
-def damage_all_checkpoints(job: Job, draw: random.Random) -> Iterator[set[int]]:
-    """All checkpoints of a stopped run are broken: it is refused, and goes on once one is back."""
-    job.process.terminate()
-    yield {5}
-    kept = job.folder / "kept"
-    shutil.copytree(job.run / "checkpoints", kept)
-    for folder in job.checkpoints():
-        damage(draw.choice(sorted(folder.iterdir())), draw)
-    yield {3}
-    shutil.rmtree(job.run / "checkpoints")
-    kept.rename(job.run / "checkpoints")
-
-
-def change_config(job: Job, draw: random.Random) -> Iterator[set[int]]:
-    """The run is started again with another rate: refused, and nothing of it is touched."""
-    job.process.terminate()
-    yield {5}
-    text = (job.folder / "run.yaml").read_text()
-    (job.folder / "run.yaml").write_text(text.replace("lr: 0.005", "lr: 0.006"))
-    yield {2}
-    (job.folder / "run.yaml").write_text(text)
-
-
-def break_shard(job: Job, draw: random.Random) -> Iterator[set[int]]:
-    """A shard of a stopped run is cut or altered: refused by name, and goes on once it is back."""
-    job.process.terminate()
-    yield {5}
-    shard = draw.choice(sorted((job.folder / "data/small/train").glob("shard.*")))
-    kept = shard.read_bytes()
-    damage(shard, draw)
-    yield {3}
-    shard.write_bytes(kept)
-
-
-def fill_disk(job: Job, draw: random.Random) -> Iterator[set[int]]:
-    """The disk is full when a checkpoint is to be written."""
-    filler = job.run / "filler"
-    with contextlib.suppress(OSError), filler.open("wb") as file:
-        while True:
-            file.write(bytes(1 << 16))
-            file.flush()
-    yield {4}
-    filler.unlink()
-
-
-def make_read_only(job: Job, draw: random.Random) -> Iterator[set[int]]:
-    """The run's file system has become read-only when it is started again."""
-    job.process.terminate()
-    yield {5}
-    subprocess.run(["mount", "-o", "remount,ro", job.folder / "runs"], check=True)
-    yield {4}
-    subprocess.run(["mount", "-o", "remount,rw", job.folder / "runs"], check=True)
-
-
-def damage(file: Path, draw: random.Random) -> None:
-    """Cut a file, alter one bit of it, or take it away."""
-    how = draw.choice(["cut", "alter", "remove"])
-    data = bytearray(file.read_bytes())
-    if how == "remove":
-        file.unlink()
-    elif how == "cut":
-        file.write_bytes(data[: draw.randrange(len(data))])
-    else:
-        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-        file.write_bytes(data)
-
-
-OWN_DISK: tuple[Fault, ...] = (fill_disk, make_read_only)
-"""These need a file system of their own, so root."""
-FAULTS: tuple[Fault, ...] = (
-    kill_rank, freeze_rank, terminate_rank, kill_launcher, pause_launcher, terminate_launcher,
-    kill_while_saving, damage_checkpoint, damage_all_checkpoints, change_config, break_shard,
-    *OWN_DISK,
-)  # fmt: skip
+def draw_faults(seed: int, count: int, kinds: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return (fault, place) of each trial: every kind once before any twice."""
+    draw, drawn, left = random.Random(seed), [], list[tuple[str, str]]()
+    for _ in range(count):
+        if not left:
+            left = list(kinds)
+            draw.shuffle(left)
+        drawn.append(left.pop())
+    return drawn
 
 
 class Campaign:
-    """A reference run, and trials beside it."""
+    """Trials, and the undisturbed runs they are judged by."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        reference = Job(folder / "reference")
-        reference.start()
-        if code := reference.wait():
-            raise RuntimeError(f"the undisturbed run ended with {code}:\n{reference.output()}")
-        self.corpus, self.expected = reference.folder / "data", reference.result()
+    def __init__(self, folder: Path, hosts: Sequence[LabHost] = ()) -> None:
+        """Train the first undisturbed run, which makes the shards of all.
 
-    def try_fault(self, fault: Fault, seed: int) -> Trial:
+        Args:
+            folder: For everything; what went wrong stays there.
+            hosts: Of a lab, one for each of the most that a trial has.
+        """
+        self.folder, self.hosts = folder, hosts
+        self._references: dict[str, Job] = {}
+        self._one_reference, self._one_lab = threading.Lock(), threading.Lock()
+        self.corpus: Path | None = None
+        self.corpus = self.reference(2).folder / "data"
+
+    def reference(
+        self, ranks: int, skipped: int | None = None, needs: dict[str, Any] | None = None
+    ) -> Job:
+        """Return the undisturbed run of so many ranks, with one step left out if so."""
+        key = f"{ranks}-{skipped}-{json.dumps(needs or {})}"
+        with self._one_reference:
+            if key not in self._references:
+                folder = self.folder / f"reference-{len(self._references)}"
+                job = Job(folder, [ranks], run=make_run(needs or {}), corpus=self.corpus)
+                if skipped is not None:
+                    plan = {"kind": "skip", "step": skipped}
+                    (folder / "plan.json").write_text(json.dumps(plan))
+                job.start()
+                if code := job.wait():
+                    raise RuntimeError(f"the undisturbed run ended with {code}:\n{job.output()}")
+                self._references[key] = job
+        return self._references[key]
+
+    def try_fault(self, number: int, name: str, place: str, seed: int) -> Trial:
         """Let one fault befall a fresh run, and bring that to its end."""
-        draw = random.Random(f"{fault.__name__} {seed}")
-        trial = Trial(fault.__name__, draw.randrange(1, STEPS - 30))
-        job = Job(self.folder / f"{seed:04d}-{fault.__name__}")
-        shutil.copytree(self.corpus, job.folder / "data")
-        before = _leftovers()
-        with _own_disk(job) if fault in OWN_DISK else contextlib.nullcontext():
-            try:
-                self._run(job, fault, draw, trial)
-            except (AssertionError, RuntimeError, subprocess.TimeoutExpired) as error:
-                trial.problem = f"{error}\n{job.output()[-2000:]}"
-            finally:
-                for process in [*job.processes(), psutil.Process()]:
-                    if process.pid != os.getpid():
-                        trial.problem = trial.problem or f"orphan: {process.cmdline()}"
-                        process.kill()
-        if left := _leftovers() - before:
-            trial.problem = trial.problem or f"left behind: {left}"
+        fault, draw = FAULTS[name], random.Random(f"{seed} {number} {name} {place}")
+        trial, begun = Trial(number, name, step=draw.randrange(1, LAST_STEP)), time.monotonic()
+        folder = self.folder / f"{number:04d}-{name.replace(' ', '-')}"
+        shutil.rmtree(folder, ignore_errors=True)
+        with self._one_lab if place == "hosts" else contextlib.nullcontext():
+            job = self._make_job(fault, place, draw, trial, folder)
+            with _own_disk(job) if fault.own_disk else contextlib.nullcontext():
+                try:
+                    self._run(job, fault, draw, trial)
+                except Exception as error:  # whatever it is, it is this trial's and not the others'
+                    trial.problem = f"{type(error).__name__}: {error}\n{job.output()[-6000:]}"
+                finally:
+                    self._clean_up(job, trial)
+        trial.seconds = time.monotonic() - begun
         if trial.problem is None:
             shutil.rmtree(job.folder)
         return trial
 
+    def _make_job(
+        self, fault: Fault, place: str, draw: random.Random, trial: Trial, folder: Path
+    ) -> Job:
+        run = make_run(fault.needs)
+        if place == "machine":
+            job = Job(folder, [2], run=run, corpus=self.corpus)
+            layout: Sequence[int] = (2,)
+        else:
+            choices = [layout for layout in LAYOUTS if len(layout) <= len(self.hosts)]
+            (layout,) = draw.choices(choices, [LAYOUTS[choice] for choice in choices])
+            at = draw.randrange(1 if fault.launcher_aside else 0, len(layout))
+            hosts = self.hosts[: len(layout)]
+            job = Job(folder, layout, hosts, at, run, self.corpus)
+            trial.place = f"{'+'.join(map(str, layout))} at {job.home.name}"
+        if fault.plan:
+            trial.plan = fault.plan(draw, sum(layout))
+            (folder / "plan.json").write_text(json.dumps(trial.plan))
+        return job
+
     def _run(self, job: Job, fault: Fault, draw: random.Random, trial: Trial) -> None:
+        ranks = sum(map(int, trial.place.split()[0].split("+"))) if job.hosts[1:] else 2
+        reference = self.reference(
+            ranks, trial.plan["step"] if fault.skips else None, fault.needs
+        )  # fmt: skip
         job.start()
-        job.wait_for_step(trial.step)
-        begun = time.monotonic()
-        for allowed in fault(job, draw):
-            said = len(job.output()) if trial.codes else 0
+        if fault.plan:
+            job.wait_until("the planned fault", (job.folder / "done").exists)
+        else:
+            job.wait_for_step(trial.step)
+        begun, attempts = time.monotonic(), job.attempts()
+        for expected in fault.act(job, draw):
+            said = 0
             if trial.codes:
+                said = len(job.output())
                 job.start()
-            code = job.wait()
-            trial.codes.append(code)
-            trial.seconds = trial.seconds or time.monotonic() - begun
-            assert code in allowed, f"ended with {code}, not {allowed}"
-            if code:
-                text = job.output()[said:]
-                assert code < 0 or "error: " in text or "stopped: " in text, "ended in silence"
+            again = self._follow(job, expected, said, trial, attempts)
+            if len(trial.codes) == 1:
+                stopped = bool(trial.codes[0]) and trial.codes[0] > 0
+                trial.again = again - begun if again else None
+                trial.ended = time.monotonic() - begun if stopped else None
         if trial.codes[-1] != 0:
             job.start()
-            code = job.wait()
-            trial.codes.append(code)
-            assert code == 0, f"started again it ended with {code}"
-        assert job.result() == self.expected, "other losses or weights than undisturbed"
+            self._follow(job, Ends(frozenset({0})), 0, trial, attempts)
+        _check_times(trial)
+        trial.lost, trial.repeated = count_lost(job, reference)
+        if trial.lost or trial.repeated:
+            raise LostError(f"{trial.lost} rows lost, {trial.repeated} repeated")
+        check_same(job, reference)
+
+    def _follow(
+        self, job: Job, expected: Ends, said: int, trial: Trial, attempts: int
+    ) -> float | None:
+        """Wait for the end and look at it; return when another attempt began to train, if so."""
+        again = None
+        deadline = time.monotonic() + MOST_SECONDS["host"] + STEPS
+        while (code := job.process.poll()) is None:
+            if again is None and job.attempts() > attempts:
+                again = time.monotonic()
+            if time.monotonic() > deadline:
+                raise LostError("it goes on for ever")
+            time.sleep(0.05)
+        trial.codes.append(code)
+        ended = time.monotonic()
+        while left := job.processes():
+            if time.monotonic() > ended + expected.leave_seconds:
+                raise LostError(f"orphans: {_describe(left)}")
+            time.sleep(0.1)
+        if code not in expected.codes:
+            raise LostError(f"ended with {code}, not {sorted(expected.codes)}")
+        text = job.output()[said:]
+        if code > 0 and not ("error: " in text or "stopped: " in text):
+            raise LostError("ended in silence")
+        return again
+
+    def _clean_up(self, job: Job, trial: Trial) -> None:
+        """Look for what is left, and leave a clean stage for the next trial, whatever happened."""
+        if left := job.processes():
+            trial.problem = trial.problem or f"orphans: {_describe(left)}"
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        job.process.kill()  # what entered a host may be stopped with what it started
+        job.process.wait()
+        if lying := job.leftovers():
+            trial.problem = trial.problem or f"left behind: {lying}"
+        for host in job.hosts:
+            if isinstance(host, LabHost):
+                host.clear()
+                host.mend()
+
+
+def make_run(needs: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of a run, with some values replaced."""
+    run = copy.deepcopy(RUN)
+    for key, value in needs.items():
+        section, name = key.split(".")
+        run[section][name] = value
+    return run
+
+
+def _check_times(trial: Trial) -> None:
+    kind = "host" if trial.fault.startswith(HOST_FAULTS) else "rank"
+    if trial.again and trial.again > MOST_SECONDS[kind]:
+        raise LostError(f"trained again after {trial.again:.0f} s only")
+    if trial.ended and trial.ended > MOST_SECONDS["stop"]:
+        raise LostError(f"stopped after {trial.ended:.0f} s only")
+
+
+def _describe(processes: Sequence[psutil.Process]) -> str:
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            found.append(f"{process.pid} {process.status()} {' '.join(process.cmdline())[-120:]}")
+    return "; ".join(found)
 
 
 @contextlib.contextmanager
@@ -326,12 +249,3 @@ def _own_disk(job: Job) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["umount", folder], check=True)
-
-
-def _leftovers() -> set[str]:
-    return {
-        str(entry)
-        for folder in (Path("/dev/shm"), Path(tempfile.gettempdir()))
-        for entry in folder.iterdir()
-        if entry.name.startswith(("shoal-", "torch", "sem.", "psm_"))
-    }

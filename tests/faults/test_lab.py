@@ -1,213 +1,263 @@
-"""Jobs over several hosts that are network namespaces with an sshd each, and what befalls them."""
+"""Jobs over two and three hosts with an sshd each: every command, and what befalls them."""
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
+import signal
 import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import psutil
 import pytest
-import yaml
+
+from tests.faults.job import PYTHON, RUN, RUN_PY, STEPS, Job
+from tests.faults.judgement import check_same
+from tests.faults.lab import LabHost, Unavailable, open_lab
 
 pytestmark = pytest.mark.slow
 
-HERE = Path(__file__).resolve().parent
-RUN_PY = str(HERE.parents[1] / "launcher" / "run.py")
+SLURM_LAB = str(Path(__file__).with_name("slurm_lab.sh"))
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
-CANNOT = 77
-STEPS, ROWS, CONTEXT = 120, 4, 64
-CORPUS = {
-    "name": "small",
-    "output": "data/small",
-    "train": [{"path": "{samples}/domain_train.jsonl.gz", "max_bytes": 200_000}],
-    "tokenizer": {"vocab_size": 400},
-    "context": CONTEXT,
-}
-RUN = {
-    "name": "lab",
-    "prepare": "corpus.yaml",
-    "model": {"context": CONTEXT, "num_layers": 2, "width": 32, "num_heads": 2},
-    "data": {"train": [{"path": "data/small/train"}]},
-    "optim": {"lr": 5e-3},
-    "train": {"tokens": STEPS * ROWS * CONTEXT, "batch_rows": ROWS, "precision": "fp32"},
-    "checkpoint": {"every_steps": 10, "keep": 2},
-    "world": {"save_seconds": 10},
-}
+OURS = (DEEPSPEED, RUN_PY)
+"""With the hostfile behind it: DeepSpeed starts a launcher of ours."""
+THEIRS = (DEEPSPEED, "--hostfile", "hosts", RUN_PY)
+"""In the orthodox order: DeepSpeed starts the ranks."""
+LEG_STEPS = 12
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the shards, and a run of one host that nothing befell."""
-    folder = make_folder(tmp_path_factory.mktemp("corpus"), "localhost slots=2\n")
-    done = subprocess.run(
-        [sys.executable, RUN_PY, "--hostfile", "hosts", "run.yaml"], cwd=folder, check=False,
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return folder
+def lab() -> Iterator[list[LabHost]]:
+    try:
+        with open_lab(3) as hosts:
+            yield hosts
+    except Unavailable as error:
+        pytest.skip(str(error))
 
 
-def make_folder(folder: Path, hosts: str) -> Path:
-    (folder / "corpus.yaml").write_text(yaml.safe_dump(CORPUS))
-    (folder / "run.yaml").write_text(yaml.safe_dump(RUN))
-    (folder / "hosts").write_text(hosts)
-    return folder
+@pytest.fixture(autouse=True)
+def swept(lab: list[LabHost]) -> Iterator[None]:
+    """Whatever a test leaves is not there for the next."""
+    yield
+    for host in lab:
+        for process in host.processes():
+            process.kill()
+        host.clear()
+        host.mend()
 
 
-def in_lab(folder: Path, count: int, event: str, command: list[str]) -> dict[str, Any]:
-    """Run the driver on the first of `count` hosts; skip where there can be none."""
-    done = subprocess.run(
-        [str(HERE / "netlab.sh"), str(count), sys.executable, str(HERE / "lab_driver.py"), event,
-         *command], cwd=folder, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    if done.returncode == CANNOT:
-        pytest.skip(done.stderr.strip())
-    assert done.returncode == 0, done.stdout + done.stderr
-    return dict(json.loads(done.stdout))
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A run of this machine, which makes the shards of all."""
+    job = Job(tmp_path_factory.mktemp("undisturbed") / "job")
+    job.start()
+    assert job.wait() == 0, job.output()
+    return job
 
 
-def losses(folder: Path) -> list[float]:
-    lines = (folder / "runs/lab/metrics.jsonl").read_text().splitlines()
-    records = [r for line in lines if (r := json.loads(line))["kind"] == "train"]
-    assert [r["step"] for r in records] == list(range(1, STEPS + 1))
-    return [r["loss"] for r in records]
+@pytest.fixture(scope="module")
+def relay(lab: list[LabHost], undisturbed: Job, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """One run, which every leg goes on with."""
+    folder = tmp_path_factory.mktemp("relay") / "job"
+    return Job(folder, [1, 1, 1], lab, corpus=undisturbed.folder / "data")
 
 
-def ranks(folder: Path) -> list[int]:
-    """Ranks of every start of the run."""
-    lines = (folder / "runs/lab/metrics.jsonl").read_text().splitlines()
-    return [r["ranks"] for line in lines if (r := json.loads(line))["kind"] == "start"]
+def make_job(
+    folder: Path, lab: Sequence[LabHost], undisturbed: Job, ranks: Sequence[int] = (1, 1)
+) -> Job:
+    hosts = lab[: len(ranks)]
+    return Job(folder / "job", ranks, hosts, corpus=undisturbed.folder / "data")
 
 
-def assert_same_training(folder: Path, corpus: Path) -> None:
-    # fp32; other rank counts sum in another order.
-    assert losses(folder) == pytest.approx(losses(corpus), abs=1e-4)
+# What a signal is sent to.
 
 
-def prepared(tmp_path: Path, corpus: Path, hosts: str) -> Path:
-    folder = make_folder(tmp_path, hosts)
-    (folder / "data").symlink_to(corpus / "data")
-    return folder
+def the_launcher(job: Job) -> psutil.Process:
+    return job.launcher()
 
 
-PYTHON = [sys.executable, RUN_PY, "--hostfile", "hosts", "run.yaml"]
+def outer_deepspeed(job: Job) -> psutil.Process:
+    found = [p for p in job.processes(job.home) if any(w == DEEPSPEED for w in p.cmdline())]
+    return min(found, key=lambda process: process.create_time())
 
 
-@pytest.mark.parametrize(
-    ("hosts", "command", "count"),
-    [
-        ("n1 slots=1\nn2 slots=2\n", PYTHON, 3),
-        ("n1 slots=1\nn2 slots=1\n", [DEEPSPEED, *PYTHON[1:]], 2),
-        ("n2 slots=2\n", PYTHON, 2),
-    ],
-    ids=["python", "deepspeed", "one other host"],
-)
-def test_hosts_train_one_job(
-    hosts: str, command: list[str], count: int, corpus: Path, tmp_path: Path
+def its_launch_py(job: Job) -> psutil.Process:
+    return job.find("deepspeed.launcher.launch", host=job.home)[0]
+
+
+@dataclass(frozen=True)
+class Leg:
+    """A command, the hosts it is given, and how it is stopped."""
+
+    program: tuple[str, ...]
+    hosts: str
+    words: tuple[str, ...] = ()
+    whom: Callable[[Job], psutil.Process] = the_launcher
+    number: signal.Signals = signal.SIGTERM
+    code: int | None = 5
+    """Its exit code; None: DeepSpeed's own."""
+
+
+LEGS = {
+    "deepspeed, two hosts, SIGINT": Leg(
+        OURS, "n1 slots=1\nn2 slots=1\n", (), outer_deepspeed, signal.SIGINT, None
+    ),
+    "deepspeed, two ranks a host, SIGTERM to launch.py": Leg(
+        OURS, "n1 slots=2\nn2 slots=2\n", (), its_launch_py, signal.SIGTERM, None
+    ),
+    "deepspeed, another host alone, SIGTERM": Leg(
+        OURS, "n2 slots=2\n", (), outer_deepspeed, signal.SIGTERM, None
+    ),
+    "python, three hosts, SIGTERM": Leg(PYTHON, "n1 slots=1\nn2 slots=1\nn3 slots=1\n"),
+    "python, without the first host, SIGKILL": Leg(
+        PYTHON, "n2 slots=1\nn3 slots=1\n", number=signal.SIGKILL, code=-9
+    ),
+    "pdsh, three hosts, SIGTERM": Leg(
+        PYTHON, "n3 slots=1\nn1 slots=1\nn2 slots=1\n", ("world.launcher=pdsh",)
+    ),
+    "orthodox, two hosts, SIGTERM": Leg(
+        THEIRS, "n1 slots=1\nn2 slots=1\n", (), outer_deepspeed, signal.SIGTERM, None
+    ),
+    "orthodox, two ranks a host, SIGINT": Leg(
+        THEIRS, "n1 slots=2\nn2 slots=2\n", (), outer_deepspeed, signal.SIGINT, None
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEGS)
+def test_every_command_goes_on_with_the_run_and_a_stop_leaves_nothing_behind(
+    name: str, relay: Job
 ) -> None:
-    folder = prepared(tmp_path, corpus, hosts)
-    seen = in_lab(folder, 2, "none", command)
-    output = (folder / "output").read_text()
-    assert seen["code"] == 0, output
-    assert ranks(folder) == [count]
-    assert_same_training(folder, corpus)
-    assert sum(seen["left"]) == 0
+    leg = LEGS[name]
+    if "pdsh" in name or leg.program == THEIRS:
+        needs("pdsh")
+    before = last_step(relay)
+    (relay.folder / "hosts").write_text(leg.hosts)
+    said = len(relay.output()) if before else 0
+    relay.start(*leg.words, program=leg.program, hostfile=leg.program != THEIRS)
+    relay.wait_until("some steps", lambda: newest_train_step(relay) >= before + LEG_STEPS)
+    ranks = relay.records("start")[-1]["ranks"]
+    assert ranks == sum(int(line[-1]) for line in leg.hosts.splitlines())
+    assert len(relay.ranks()) == ranks, "each global rank once"
+    begun = time.monotonic()
+    leg.whom(relay).send_signal(leg.number)
+    code = relay.wait()
+    ended = time.monotonic()
+    assert code == leg.code if leg.code is not None else code != 0, relay.output()[said:]
+    assert ended - begun < 5 * 20, "five times what is asked for"
+    while (left := relay.processes()) and time.monotonic() < ended + 5 * 10:
+        time.sleep(0.1)
+    assert not left, [process.cmdline() for process in left]
+    output = relay.output()[said:]
+    assert last_step(relay) >= before + LEG_STEPS, f"saved nothing\n{output}"
+    if leg.number != signal.SIGKILL:
+        assert "stopped on request after step" in output
 
 
-SLURM = [str(HERE / "slurm_lab.sh")]
+def test_a_run_of_many_hands_is_the_run_of_one(relay: Job, undisturbed: Job) -> None:
+    (relay.folder / "hosts").write_text("n1 slots=2\nn2 slots=1\n")
+    relay.start()
+    assert relay.wait() == 0, relay.output()
+    check_same(relay, undisturbed)
+    assert relay.rows() == undisturbed.rows()
+    assert (relay.run / "logs" / "n2.log").is_file()
+
+
+def last_step(job: Job) -> int:
+    """Return the step of the newest checkpoint."""
+    return max((int(folder.name[5:]) for folder in job.checkpoints()), default=0)
+
+
+def newest_train_step(job: Job) -> int:
+    if not (job.run / "metrics.jsonl").is_file():
+        return 0
+    return max((record["step"] for record in job.records("train")), default=0)
+
+
+def needs(program: str) -> None:
+    if not shutil.which(program):
+        pytest.skip(f"no {program}")
+
+
+def test_what_is_killed_hangs_or_is_cut_off_ends_an_attempt_and_not_the_job(
+    lab: list[LabHost], undisturbed: Job, tmp_path: Path
+) -> None:
+    job = make_job(tmp_path, lab, undisturbed)
+    job.start("world.max_restarts=5")
+    n2 = job.hosts[1]
+    faults: dict[str, tuple[Callable[[], None], int]] = {
+        "rank 1 was killed by SIGKILL": (lambda: job.ranks(n2)[0].kill(), 30),
+        "rank 1 stands still": (lambda: job.ranks(n2)[0].suspend(), 30 + 15),
+        "n2: ssh ended (exit code 255)": (lambda: job.guards(n2)[0].kill(), 30),
+        "n2: ssh ended (exit code -9)": (lambda: job.clients()[0].kill(), 30),
+        "n2: ": (n2.cut, 90),
+    }
+    for number, (cause, (befall, seconds)) in enumerate(faults.items(), 1):
+        job.wait_until("a few steps", lambda n=number: steps_of_attempt(job, n) >= 5)
+        said, begun = len(job.output()), time.monotonic()
+        befall()
+        job.wait_until("another attempt", lambda n=number: steps_of_attempt(job, n + 1) > 0)
+        assert time.monotonic() - begun < 5 * seconds, "five times what is asked for"
+        assert cause in job.output()[said:]
+        on = "n1, n2" if seconds < 90 else "n1\n"
+        assert f"attempt {number + 1} of 6, on {on}" in job.output()[said:]
+    assert job.wait() == 0, job.output()
+    assert not job.processes(job.hosts[0])
+    check_same(job, undisturbed)
+    assert job.rows() == undisturbed.rows()
+
+
+def steps_of_attempt(job: Job, number: int) -> int:
+    """Return how many steps rank 0 has taken in one of the attempts, counted from 1."""
+    files = sorted(job.folder.glob("rows/*-0.jsonl"))
+    files = [file for file in files if file.stat().st_size]
+    return len(files[number - 1].read_text().splitlines()) if len(files) >= number else 0
+
+
 NODES = ["--nodes=2", "--ntasks-per-node=1"]
 
 
 @pytest.mark.parametrize(
-    ("program", "hosts", "command"),
+    "command",
     [
-        ("pdsh", "n1 slots=1\nn2 slots=1\n", [*PYTHON, "world.launcher=pdsh"]),
-        ("slurmctld", "n1 slots=9\n",
-         [*SLURM, "salloc", *NODES, sys.executable, RUN_PY, "run.yaml", "world.launcher=slurm",
-          "world.ranks=1"]),
-        ("slurmctld", "n1 slots=9\n",
-         [*SLURM, "srun", *NODES, "--cpu-bind=none", sys.executable, RUN_PY, "run.yaml"]),
+        (SLURM_LAB, "salloc", *NODES, sys.executable, RUN_PY, "run.yaml", "world.launcher=slurm",
+         "world.ranks=1"),
+        (SLURM_LAB, "srun", *NODES, "--cpu-bind=none", sys.executable, RUN_PY, "run.yaml"),
     ],
-    ids=["pdsh", "inside an allocation", "ranks of srun"],
+    ids=["inside an allocation", "ranks of srun"],
 )  # fmt: skip
-def test_others_may_start_the_guards_or_the_ranks(
-    program: str, hosts: str, command: list[str], corpus: Path, tmp_path: Path
+def test_slurm_may_start_the_guards_or_the_ranks(
+    command: tuple[str, ...], lab: list[LabHost], undisturbed: Job, tmp_path: Path
 ) -> None:
-    if not shutil.which(program):
-        pytest.skip(f"no {program}")
-    folder = prepared(tmp_path, corpus, hosts)
-    seen = in_lab(folder, 2, "none", command)
-    output = (folder / "output").read_text()
-    assert seen["code"] == 0, output
-    assert ranks(folder) == [2]
-    assert_same_training(folder, corpus)
+    needs("slurmctld")
+    job = make_job(tmp_path, lab, undisturbed)
+    job.start(program=command, hostfile=False)
+    assert job.wait() == 0, job.output()
+    assert [record["ranks"] for record in job.records("start")] == [2]
+    check_same(job, undisturbed)
 
 
-@pytest.mark.parametrize(
-    ("event", "cause"),
-    [
-        ("kill_rank", "rank 1 was killed by SIGKILL"),
-        ("freeze_rank", "rank 1 stands still"),
-        ("kill_guard", "n2: ssh ended (exit code 255)"),
-    ],
-)
-def test_what_is_killed_or_hangs_is_started_again(
-    event: str, cause: str, corpus: Path, tmp_path: Path
+def test_a_host_that_does_not_answer_is_named(
+    lab: list[LabHost], undisturbed: Job, tmp_path: Path
 ) -> None:
-    folder = prepared(tmp_path, corpus, "n1 slots=1\nn2 slots=1\n")
-    seen = in_lab(folder, 2, event, [*PYTHON, "world.timeout_seconds=30"])
-    output = (folder / "output").read_text()
-    assert seen["code"] == 0, output
-    assert "attempt 2 of 4, on n1, n2" in output
-    assert cause in output
-    assert ranks(folder) == [2, 2]
-    assert_same_training(folder, corpus)
-    assert seen["idle"] < 5 * 30, "five times what is asked for"
-    assert sum(seen["left"]) == 0
+    job = make_job(tmp_path, lab, undisturbed)
+    (job.folder / "hosts").write_text("n1 slots=1\nn7 slots=1\n")
+    job.start()
+    assert job.wait() == 4, job.output()
+    assert "error: n7: " in job.output()
+    assert "fix: correct it in the hostfile" in job.output()
+    assert "Traceback" not in job.output()
 
 
-def test_a_job_goes_on_without_a_host_that_is_lost(corpus: Path, tmp_path: Path) -> None:
-    folder = prepared(tmp_path, corpus, "n1 slots=1\nn2 slots=1\n")
-    seen = in_lab(folder, 2, "link_down", PYTHON)
-    output = (folder / "output").read_text()
-    assert seen["code"] == 0, output
-    assert "attempt 2 of 4, on n1\n" in output
-    assert ranks(folder) == [2, 1]
-    assert seen["idle"] < 5 * 90, "five times what is asked for"
-    assert_same_training(folder, corpus)
-
-
-@pytest.mark.parametrize(("event", "code"), [("terminate", 5), ("kill_launcher", -9)])
-def test_a_stop_leaves_a_checkpoint_and_no_process(
-    event: str, code: int, corpus: Path, tmp_path: Path
+def test_a_run_folder_that_is_not_shared_is_named(
+    lab: list[LabHost], undisturbed: Job, tmp_path: Path
 ) -> None:
-    folder = prepared(tmp_path, corpus, "n1 slots=1\nn2 slots=1\n")
-    seen = in_lab(folder, 2, event, [*PYTHON, "checkpoint.every_steps=1000"])
-    assert seen["code"] == code, (folder / "output").read_text()
-    assert "Traceback" not in (folder / "output").read_text()
-    assert seen["left"] == [0, 0]
-    assert list((folder / "runs/lab/checkpoints").glob("step-*")), "the stop alone can have saved"
-    seen = in_lab(folder, 2, "none", PYTHON)
-    assert seen["code"] == 0, (folder / "output").read_text()
-    assert_same_training(folder, corpus)
+    job = make_job(tmp_path, lab, undisturbed)
+    job.start("output=/run")  # a file system of each host's own
+    assert job.wait() == 4, job.output()
+    assert f"n2: does not share the run folder /run/{RUN['name']}" in job.output()
 
 
-def test_a_host_that_does_not_answer_is_named(corpus: Path, tmp_path: Path) -> None:
-    folder = prepared(tmp_path, corpus, "n1 slots=1\nn7 slots=1\n")
-    seen = in_lab(folder, 1, "none", PYTHON)
-    output = (folder / "output").read_text()
-    assert seen["code"] == 4, output
-    assert "error: n7: " in output
-    assert "fix: correct it in the hostfile" in output
-    assert "Traceback" not in output
-
-
-def test_a_run_folder_that_is_not_shared_is_named(corpus: Path, tmp_path: Path) -> None:
-    folder = prepared(tmp_path, corpus, "n1 slots=1\nn2 slots=1\n")
-    seen = in_lab(folder, 2, "none", [*PYTHON, "output=/run"])  # a file system of each host's own
-    output = (folder / "output").read_text()
-    assert seen["code"] == 4, output
-    assert "n2: does not share the run folder /run/lab" in output
+assert len(LEGS) * LEG_STEPS < STEPS
