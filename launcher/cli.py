@@ -33,6 +33,16 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]", help="Set one value, for example optim.lr=6e-4."),
 ]
+Hostfile = Annotated[
+    str | None, typer.Option("-H", "--hostfile", metavar="FILE", help="Lines `NAME slots=RANKS`.")
+]
+Include = Annotated[
+    str,
+    typer.Option("-i", "--include", metavar="SELECTION", help="Only these: NAME[:SLOT,...]@..."),
+]
+Exclude = Annotated[
+    str, typer.Option("-e", "--exclude", metavar="SELECTION", help="All but these.")
+]
 Export = Annotated[Path, typer.Argument(help="Folder of an export or a Hugging Face model.")]
 
 
@@ -68,9 +78,9 @@ def train(
             show_default=False,
         ),
     ] = None,
-    hostfile: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Lines `NAME slots=RANKS`.")
-    ] = None,
+    hostfile: Hostfile = None,
+    include: Include = "",
+    exclude: Exclude = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan only.")] = False,
 ) -> None:
     """Train one model on this machine: one rank a GPU, or 2 CPU ranks.
@@ -81,9 +91,10 @@ def train(
     [dim]shoal train pretrain_dense.yaml name=wide model.width=1024 model.num_heads=16[/dim]
     [dim]shoal train pretrain_moe.yaml --hostfile hosts --dry-run[/dim]
     """
-    from shoal.launcher.run import launch, make_order
+    from shoal.launcher.run import execute, make_order
 
-    launch(make_order(words or (), hostfile=hostfile, dry_run=dry_run))
+    options = {"hostfile": hostfile, "include": include, "exclude": exclude, "dry_run": dry_run}
+    execute(make_order(words or (), **options))
 
 
 @app.command(rich_help_panel="Do")
@@ -96,9 +107,9 @@ def check(
             show_default=False,
         ),
     ] = None,
-    hostfile: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Lines `NAME slots=RANKS`.")
-    ] = None,
+    hostfile: Hostfile = None,
+    include: Include = "",
+    exclude: Exclude = "",
     full: Annotated[bool, typer.Option("--full", help="Read every byte of the shards.")] = False,
     probe: Annotated[
         bool, typer.Option("--probe/--no-probe", help="Start the ranks for a short all-reduce.")
@@ -121,7 +132,7 @@ def check(
     from shoal.launcher.qualification import qualify_order
     from shoal.launcher.run import make_order
 
-    order = make_order(words or (), hostfile=hostfile)
+    order = make_order(words or (), hostfile=hostfile, include=include, exclude=exclude)
     if qualify:
         raise typer.Exit(qualify_order(order, as_json=as_json))
     raise typer.Exit(check_order(order, full=full, probe=probe, as_json=as_json))

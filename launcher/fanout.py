@@ -126,7 +126,7 @@ def make_tasks(
             threads=world.threads,
             timeout=world.timeout_seconds,
             save_seconds=world.save_seconds,
-            environment={} if is_local(host.name) else forwarded,
+            environment=({} if is_local(host.name) else forwarded) | host.device_variables,
         )
         tasks.append(task)
         first += host.slots

@@ -27,6 +27,7 @@ from typing import Any, Literal
 from shoal.configs.errors import PreflightError
 from shoal.launcher.calls import Call
 from shoal.launcher.endings import Ending
+from shoal.launcher.hosts import is_loopback
 from shoal.launcher.inspection import answer, describe_installation
 from shoal.launcher.outcomes import Outcome, describe
 from shoal.launcher.processes import ALONE, INTERFACE_VARIABLES, Advice, Place, run_ranks
@@ -136,7 +137,7 @@ def find_interface(address: str) -> str:
             where=socket.gethostname(),
             fix="name the machines as all of them know each other",
         ) from None
-    if own.startswith("127.") or own == "::1":
+    if is_loopback(own):
         raise PreflightError(
             f"{address} is a loopback address ({own}) here, which others cannot reach",
             where=socket.gethostname(),

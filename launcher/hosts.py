@@ -7,7 +7,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,8 @@ from shoal.configs.errors import ConfigError
 # A name reaches ssh's command line sooner or later: letters, digits, dots, hyphens and underscores,
 # a letter or digit first. A leading hyphen ssh would read as an option (-oProxyCommand=...).
 HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,252}[A-Za-z0-9])?")
-LINE = re.compile(r"(?P<name>\S+)\s+slots\s*=\s*(?P<slots>\d+)")
+# DeepSpeed reads `slots=4x` as 4, and passes over whatever follows, as max_slots=4 of MPI.
+LINE = re.compile(r"(?P<name>\S+)\s+slots\s*=\s*(?P<slots>\d+)(\s+(?!slots\b)\w+\s*=\s*\S+)*")
 MOST_SLOTS = 1024
 EXAMPLE = "write one line a machine, for example: localhost slots=2"
 
@@ -28,10 +29,21 @@ class Host:
 
     name: str
     slots: int
+    devices: tuple[int, ...] | None = None
+    """The slots that were chosen, by number; None: all of them."""
+
+    @property
+    def device_variables(self) -> dict[str, str]:
+        """What shows its ranks the chosen devices alone; nothing where they are to run on CPU."""
+        if self.devices is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+            return {}
+        return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, self.devices))}
 
 
 def read_hostfile(path: str | Path) -> list[Host]:
     """Read `NAME slots=N` lines; `#` starts a comment, empty lines are skipped.
+
+    The grammar is DeepSpeed's; what it reads otherwise than it is written is refused.
 
     Raises:
         ConfigError: file missing, empty or unreadable; a line malformed, hostile or repeated.
@@ -65,7 +77,7 @@ def read_hostfile(path: str | Path) -> list[Host]:
 
 
 def _parse_line(text: str, where: str) -> Host:
-    """Read one line; nothing may follow the number (`slots=4x` is no 4)."""
+    """Read one line; nothing but further `key=value` may follow the number."""
     name = text.split()[0]
     if not HOST_NAME.fullmatch(name):
         raise ConfigError(
@@ -83,6 +95,62 @@ def _parse_line(text: str, where: str) -> Host:
     return Host(name, slots)
 
 
+def select_hosts(hosts: Sequence[Host], include: str = "", exclude: str = "") -> list[Host]:
+    """Return the hosts and slots that are asked for, in the order of the hostfile.
+
+    Args:
+        hosts: All there are.
+        include: As DeepSpeed has it: `NAME[:SLOT,...]@...`; without slots: all of the host.
+        exclude: What is left out, in the same words.
+
+    Raises:
+        ConfigError: both are given; a host or slot that there is not; nothing is left.
+    """
+    if include and exclude:
+        raise ConfigError(
+            "--include and --exclude together", where="command line", fix="give one of them"
+        )
+    if not (include or exclude):
+        return list(hosts)
+    where = "--include" if include else "--exclude"
+    named = _parse_selection(include or exclude, {host.name: host for host in hosts}, where)
+    chosen = []
+    for host in hosts:
+        asked = named.get(host.name, set())
+        slots = asked if include else set(range(host.slots)) - asked
+        if len(slots) == host.slots:
+            chosen.append(host)
+        elif slots:
+            chosen.append(Host(host.name, len(slots), tuple(sorted(slots))))
+    if not chosen:
+        raise ConfigError("nothing is left to train on", where=where)
+    return chosen
+
+
+def _parse_selection(text: str, hosts: Mapping[str, Host], where: str) -> dict[str, set[int]]:
+    """Return name -> slots of a selection; a host that is named twice has both."""
+    named: dict[str, set[int]] = {}
+    for part in text.split("@"):
+        name, colon, numbers = part.partition(":")
+        if name not in hosts:
+            raise ConfigError(
+                f"there is no host {name!r}",
+                where=where,
+                fix=f"name some of {', '.join(hosts)}, as NAME or NAME:SLOT,SLOT, joined by @",
+            )
+        count = hosts[name].slots
+        slots = [word.strip() for word in numbers.split(",")] if colon else map(str, range(count))
+        for slot in slots:
+            if not slot.isdecimal() or int(slot) >= count:
+                raise ConfigError(
+                    f"{name} has no slot {slot!r}",
+                    where=where,
+                    fix=f"its slots are 0 to {count - 1}" if count > 1 else "its only slot is 0",
+                )
+            named.setdefault(name, set()).add(int(slot))
+    return named
+
+
 @cache  # asked once: a failing network must not make another machine of this one
 def is_local(name: str) -> bool:
     """Return whether a host name means this machine; a name nobody can resolve does not."""
@@ -90,10 +158,11 @@ def is_local(name: str) -> bool:
     if name.lower() in {"localhost", own.lower(), own.partition(".")[0].lower()}:
         return True
     addresses = _addresses_of(name)
-    return any(map(_is_loopback, addresses)) or bool(addresses & _own_addresses())
+    return any(map(is_loopback, addresses)) or bool(addresses & _own_addresses())
 
 
-def _is_loopback(address: str) -> bool:
+def is_loopback(address: str) -> bool:
+    """Return whether an address means the machine that reads it, and no other."""
     return address.startswith("127.") or address == "::1"
 
 
@@ -132,7 +201,7 @@ def check_hosts(hosts: Sequence[Host], where: object) -> None:
         )
     _check_addresses([host for host in hosts if host not in here], where)
     name = here[0].name if here else ""
-    if len(hosts) > 1 and (name.lower() == "localhost" or _is_loopback(name)):
+    if len(hosts) > 1 and (name.lower() == "localhost" or is_loopback(name)):
         raise ConfigError(
             f"names this machine {name}, which means another one on each of the others",
             where=where,
@@ -182,5 +251,8 @@ def hosts_of_deepspeed() -> list[Host]:
     for argument in command:
         if argument.startswith(prefix) and "deepspeed.launcher.launch" in command:
             slots = json.loads(base64.urlsafe_b64decode(argument.removeprefix(prefix)))
-            return [Host(str(name), len(ids)) for name, ids in slots.items()]
+            return [
+                Host(str(name), len(ids), None if ids == [*range(len(ids))] else tuple(ids))
+                for name, ids in slots.items()
+            ]
     return []

@@ -79,6 +79,7 @@ def launch_ranks(
     threads: Literal["auto"] | int = "auto",
     timeout: float = 600,
     command: Sequence[str] = WORKER,
+    environment: Mapping[str, str] = {},
     gone: Callable[[], bool] = lambda: False,
 ) -> None:
     """Run `command` + `argv` as `num_ranks` ranks on this machine; return when all are done.
@@ -97,6 +98,7 @@ def launch_ranks(
         threads=threads,
         timeout=timeout,
         command=command,
+        environment=environment,
         advise=lambda: "stop" if gone() else "go",
     )
     raise_failure(ending)
@@ -110,6 +112,7 @@ def run_ranks(
     threads: Literal["auto"] | int = "auto",
     timeout: float = 600,
     command: Sequence[str] = WORKER,
+    environment: Mapping[str, str] = {},
     advise: Callable[[], Advice] = lambda: "go",
 ) -> Ending:
     """Run this machine's ranks of a job and return how they ended.
@@ -121,10 +124,11 @@ def run_ranks(
         threads: CPU threads of a rank.
         timeout: Seconds the ranks may take to start.
         command: Program of a rank.
+        environment: Further variables of the ranks.
         advise: Asked several times a second whether to go on, to stop (the ranks save), or to kill.
     """
-    device = check_devices(num_ranks)
-    with scratch_folder() as outcomes:
+    with scratch_folder() as outcomes, changed_environment(environment):
+        device = check_devices(num_ranks)
         added = {
             FOLDER_VARIABLE: str(outcomes),
             PARENT_VARIABLE: str(os.getpid()),
@@ -138,7 +142,7 @@ def run_ranks(
         if device == "cpu":
             added["DS_ACCELERATOR"] = "cpu"
         watcher = _Watcher(outcomes, advise)
-        with _environment(added), watcher:
+        with changed_environment(added, RANK_VARIABLES), watcher:
             exit_codes = _run_agent(num_ranks, place, [*command, *argv], outcomes, timeout)
         ranks = list(range(place.first_rank, place.first_rank + num_ranks))
         return Ending(
@@ -317,10 +321,14 @@ def any_gone(descriptors: Sequence[int]) -> bool:
 
 
 @contextlib.contextmanager
-def _environment(added: Mapping[str, str]) -> Iterator[None]:
-    """Replace what another launcher said about ranks by what the ranks started here need."""
+def changed_environment(added: Mapping[str, str], removed: Sequence[str] = ()) -> Iterator[None]:
+    """Change our environment for a while.
+
+    Before ranks are started that is: what another launcher said about ranks goes, what ours need
+    comes.
+    """
     before = dict(os.environ)
-    for name in RANK_VARIABLES:
+    for name in removed:
         os.environ.pop(name, None)
     os.environ.update(added)
     try:

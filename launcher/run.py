@@ -14,9 +14,9 @@ import re
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 # `python launcher/run.py` puts this folder first on the import path, where its files (hosts.py,
 # study.py, ...) would hide other people's modules of those names.
@@ -45,6 +45,8 @@ examples:
       (one line: localhost slots=2); its corpus is prepared first if absent
   python launcher/run.py --hostfile hosts configs/default.yaml name=fast optim.lr=3e-3
       the same without DeepSpeed's launcher, another config, one value changed
+  deepspeed launcher/run.py --hostfile hosts --include "n1@n2:0,2"
+      all slots of n1 and two of n2, in the words DeepSpeed has for it
   deepspeed launcher/run.py --hostfile hosts --dry-run
       print ranks, devices, batch and commands; start nothing
 
@@ -62,6 +64,8 @@ class Order:
     configs: tuple[str, ...]
     overrides: tuple[str, ...]
     hostfile: str | None = None
+    include: str = ""
+    exclude: str = ""
     dry_run: bool = False
     worker: bool = False
     probe: str | None = None
@@ -80,40 +84,38 @@ def parse_order(argv: Sequence[str]) -> Order:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--hostfile", metavar="FILE", help="lines `NAME slots=RANKS`")
+    parser.add_argument("-H", "--hostfile", metavar="FILE", help="lines `NAME slots=RANKS`")
+    for flag, help_text in {"include": "train on `NAME[:SLOT,...]@...` alone",
+                            "exclude": "train on all but these"}.items():  # fmt: skip
+        names = (f"-{flag[0]}", f"--{flag}")
+        parser.add_argument(*names, metavar="SELECTION", default="", help=help_text)
     parser.add_argument("--dry-run", action="store_true", help="show the plan, start nothing")
     parser.add_argument("words", nargs="*", metavar="CONFIG | key=value", help="see examples")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--probe", metavar="FILE", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     given = parser.parse_intermixed_args(argv)
-    order = make_order(
-        given.words, hostfile=given.hostfile, dry_run=given.dry_run, worker=given.worker
-    )
-    return replace(order, probe=given.probe)
+    options = {k: v for k, v in vars(given).items() if k not in ("words", "local_rank")}
+    return make_order(given.words, **options)
 
 
-def make_order(
-    words: Sequence[str],
-    *,
-    hostfile: str | None = None,
-    dry_run: bool = False,
-    worker: bool = False,
-) -> Order:
+def make_order(words: Sequence[str], **options: Any) -> Order:
     """Sort words into overrides and configs; only a worker takes several configs.
+
+    `options` are further fields of the order.
 
     Raises:
         ConfigError: more than one config.
     """
     overrides = tuple(word for word in words if OVERRIDE.match(word))
     configs = tuple(word for word in words if not OVERRIDE.match(word))
-    if len(configs) > 1 and not worker:
+    if len(configs) > 1 and not options.get("worker"):
         raise ConfigError(
             f"one config at a time, not {len(configs)}: {', '.join(configs)}",
             where="command line",
             fix="overrides are written key=value, without spaces",
         )
-    return Order(configs or (DEFAULT_CONFIG,), overrides, hostfile, dry_run, worker)
+    return Order(configs or (DEFAULT_CONFIG,), overrides, **options)
 
 
 def execute(order: Order) -> None:
@@ -142,18 +144,25 @@ def find_hosts(order: Order, config: RunConfig) -> list[Host]:
     """Return the machines of a job: of the hostfile, of the Slurm allocation, or this one alone.
 
     Raises:
-        ConfigError: the hostfile cannot be used, or there is no allocation.
+        ConfigError: the hostfile or the selection cannot be used, or there is no allocation.
     """
-    from shoal.launcher.hosts import Host, check_hosts, read_hostfile
+    from shoal.launcher.hosts import check_hosts, read_hostfile, select_hosts
+
+    if order.hostfile is None:
+        return select_hosts(_find_hosts(order, config), order.include, order.exclude)
+    hosts = select_hosts(read_hostfile(order.hostfile), order.include, order.exclude)
+    check_hosts(hosts, where=order.hostfile)
+    return hosts
+
+
+def _find_hosts(order: Order, config: RunConfig) -> list[Host]:
+    """Return the machines of a job without a hostfile."""
+    from shoal.launcher.hosts import Host, hosts_of_deepspeed
     from shoal.launcher.slurm import allocated_hosts
     from shoal.launcher.world import foreign_ranks, resolve_ranks, under_foreign_launcher
 
-    if order.hostfile is not None:
-        hosts = read_hostfile(order.hostfile)
-        check_hosts(hosts, where=order.hostfile)
-        return hosts
     if order.dry_run and under_foreign_launcher():
-        return [Host("localhost", foreign_ranks()[0])]
+        return hosts_of_deepspeed() or [Host("localhost", foreign_ranks()[0])]
     ranks = config.world.ranks
     if config.world.launcher == "slurm":
         return allocated_hosts(slots=None if ranks == "auto" else ranks)

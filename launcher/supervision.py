@@ -125,6 +125,7 @@ class _Job:
                 [str(file)],
                 threads=self.world.threads,
                 timeout=self.world.timeout_seconds,
+                environment=self.hosts[0].device_variables,
                 # What was caught before the ranks were watched.
                 gone=lambda: bool(self.caught) or self._gone(),
             )

@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 
 from shoal.configs.errors import ConfigError
-from shoal.launcher.hosts import Host, check_hosts, hosts_of_deepspeed, is_local, read_hostfile
+from shoal.launcher.hosts import (
+    Host,
+    check_hosts,
+    hosts_of_deepspeed,
+    is_local,
+    read_hostfile,
+    select_hosts,
+)
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -22,7 +29,9 @@ def write(tmp_path: Path, text: str) -> Path:
 
 
 def test_reads_names_and_slots(tmp_path: Path) -> None:
-    text = "# two machines\n\nnode-1 slots=4\n  node_2.example.org\tslots = 8   # big one\n"
+    text = (
+        "# two machines\n\nnode-1 slots=4\n  node_2.example.org\tslots = 8 max_slots=8  # big one\n"
+    )
     assert read_hostfile(write(tmp_path, text)) == [
         Host("node-1", 4),
         Host("node_2.example.org", 8),
@@ -35,7 +44,8 @@ def test_reads_names_and_slots(tmp_path: Path) -> None:
         ("localhost\n", 1, "expected `NAME slots=N`"),
         ("localhost slots=\n", 1, "expected `NAME slots=N`"),
         ("localhost slots=4x\n", 1, "expected `NAME slots=N`"),
-        ("localhost slots=2 max_slots=4\n", 1, "expected `NAME slots=N`"),
+        ("localhost slots=2 slots=4\n", 1, "expected `NAME slots=N`"),
+        ("localhost slots=2 4\n", 1, "expected `NAME slots=N`"),
         ("localhost slots=-1\n", 1, "expected `NAME slots=N`"),
         ("localhost slots=0\n", 1, "not between 1 and"),
         ("localhost slots=999999\n", 1, "not between 1 and"),
@@ -121,10 +131,65 @@ def test_no_deepspeed_no_hosts() -> None:
 
 def test_a_rank_learns_what_deepspeed_was_told(tmp_path: Path) -> None:
     """The launcher's command line is all a rank can look at; imitate one that starts a rank."""
-    info = base64.urlsafe_b64encode(json.dumps({"far-away": [0, 1]}).encode()).decode()
+    info = base64.urlsafe_b64encode(json.dumps({"far-away": [0, 1], "b": [1]}).encode()).decode()
     rank = "from shoal.launcher.hosts import hosts_of_deepspeed as f; print(f())"
     launcher = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[-1]])"
     command = [sys.executable, "-c", launcher]
     command += ["deepspeed.launcher.launch", f"--world_info={info}", rank]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[Host(name='far-away', slots=2)]"
+    assert done.stdout.strip() == str([Host("far-away", 2), Host("b", 1, (1,))])
+
+
+# Selections, in DeepSpeed's words.
+
+ALL = [Host("n1", 2), Host("n2", 4), Host("n3", 1)]
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude"),
+    [
+        ("n1@n2:0,2", ""),
+        ("n2:2,0@n2:2@n1", ""),
+        ("n3@n2:3", ""),
+        ("", "n2:1"),
+        ("", "n2@n1:0"),
+        ("", "n2:0,1,2,3"),
+        ("", ""),
+    ],
+)
+def test_a_selection_means_what_deepspeed_makes_of_it(include: str, exclude: str) -> None:
+    from deepspeed.launcher.runner import parse_inclusion_exclusion
+
+    pool = {host.name: host.slots for host in ALL}
+    theirs = parse_inclusion_exclusion(pool, include, exclude)
+    ours = {h.name: list(h.devices or range(h.slots)) for h in select_hosts(ALL, include, exclude)}
+    assert list(ours.items()) == list(theirs.items())
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "where", "message"),
+    [
+        ("n1", "n2", "command line", "together"),
+        ("n9", "", "--include", "there is no host 'n9'"),
+        ("n1@", "", "--include", "there is no host ''"),
+        ("n2:4", "", "--include", "n2 has no slot '4'"),
+        ("n2:", "", "--include", "n2 has no slot ''"),
+        ("n2:-1", "", "--include", "n2 has no slot '-1'"),
+        ("", "n1:x", "--exclude", "n1 has no slot 'x'"),
+        ("", "n1@n2@n3", "--exclude", "nothing is left"),
+    ],
+)
+def test_a_bad_selection_is_named(include: str, exclude: str, where: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        select_hosts(ALL, include, exclude)
+    assert message in caught.value.cause
+    assert caught.value.where == where
+
+
+def test_chosen_slots_are_the_devices_that_ranks_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    whole, part = select_hosts(ALL, "n1@n2:0,2")
+    assert (whole.device_variables, part.slots) == ({}, 2)
+    assert part.device_variables == {"CUDA_VISIBLE_DEVICES": "0,2"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert part.device_variables == {}, "on CPU only the count is left"
