@@ -294,6 +294,10 @@ class WorldConfig(Section):
         "typed there",
     )
     max_restarts: int = Field(3, ge=0, description="new attempts after ranks or hosts were lost")
+    time_limit_minutes: float | None = Field(
+        None, gt=0, description="the command saves and stops in time to be over after so long, "
+        "all its attempts together"
+    )  # fmt: skip
     min_hosts: Count = Field(1, description="with fewer hosts of the hostfile left, give up")
     save_seconds: Count = Field(
         20, description="what ranks get to save in when a host or the launcher was lost"

@@ -43,6 +43,7 @@ Include = Annotated[
 Exclude = Annotated[
     str, typer.Option("-e", "--exclude", metavar="SELECTION", help="All but these.")
 ]
+Shown = Literal["ssh", "pdsh", "slurm", "none", "deepspeed", "sbatch", "all"]
 Export = Annotated[Path, typer.Argument(help="Folder of an export or a Hugging Face model.")]
 
 
@@ -82,19 +83,23 @@ def train(
     include: Include = "",
     exclude: Exclude = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan only.")] = False,
+    show: Annotated[
+        Shown | None, typer.Option(help="The plan for this way of starting; sbatch: a script.")
+    ] = None,
 ) -> None:
-    """Train one model on this machine: one rank a GPU, or 2 CPU ranks.
+    """Train one model on this machine, one rank a GPU or 2 CPU ranks, or on those of a hostfile.
 
     The same command again continues from the newest checkpoint. Ctrl-C saves and stops.
 
     [dim]shoal train[/dim]
     [dim]shoal train pretrain_dense.yaml name=wide model.width=1024 model.num_heads=16[/dim]
-    [dim]shoal train pretrain_moe.yaml --hostfile hosts --dry-run[/dim]
+    [dim]shoal train pretrain_moe.yaml --hostfile hosts --include n1@n2:0,2 --dry-run[/dim]
     """
     from shoal.launcher.run import execute, make_order
 
-    options = {"hostfile": hostfile, "include": include, "exclude": exclude, "dry_run": dry_run}
-    execute(make_order(words or (), **options))
+    order = make_order(words or (), hostfile=hostfile, include=include, exclude=exclude,
+                       dry_run=dry_run, show=show)  # fmt: skip
+    execute(order)
 
 
 @app.command(rich_help_panel="Do")

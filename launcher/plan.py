@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from shoal.launcher.hosts import Host
+    from shoal.launcher.run import Order
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,26 @@ def plan_batch(config: RunConfig, num_ranks: int) -> BatchPlan:
     return BatchPlan(rows, num_ranks, micro_batches, num_ranks * sum(micro_batches) - rows)
 
 
-def print_plan(config: RunConfig, hosts: Sequence[Host], argv: Sequence[str]) -> None:
+def print_plan(order: Order, config: RunConfig, hosts: Sequence[Host]) -> None:
     """Print everything a run would do, and start nothing.
 
     Raises:
         PreflightError: more ranks than GPUs on this machine.
     """
+    from shoal.launcher.ways import describe_ways, is_alone, write_batch_script
+
+    if order.show == "sbatch":  # as a file to submit
+        print(*write_batch_script(order, config, hosts), sep="\n")
+        return
     num_ranks = sum(host.slots for host in hosts)
-    batch, train, model = plan_batch(config, num_ranks), config.train, config.model
+    batch, train, model, world = (
+        plan_batch(config, num_ranks),
+        config.train,
+        config.model,
+        config.world,
+    )
+    command = shlex.join(command_of(config, num_ranks, order.words))
+    limit = f", {world.time_limit_minutes:g} minutes" if world.time_limit_minutes else ""
     lines = {
         "run": f"{config.name} -> {run_folder(config)}",
         **_place_ranks(config, hosts),
@@ -67,63 +80,56 @@ def print_plan(config: RunConfig, hosts: Sequence[Host], argv: Sequence[str]) ->
         "precision": f"{train.precision}, ZeRO stage {train.zero_stage}",
         "data": ", ".join(map(_describe_stream, config.data.train)) + _count_passes(config),
         "prepare": config.prepare or "nothing: the shards must exist",
-        **_list_commands(config, hosts, argv),
+        "saves": _describe_checkpoints(config),
+        "logs": str(run_folder(config) / "logs"),
+        "limits": f"{world.max_restarts + 1} attempts, on {world.min_hosts} or more hosts{limit}",
+        **({"command": command} if is_alone(hosts) else {}),
     }
     print("dry run: nothing is started")
     for label, text in lines.items():
         print(f"  {label:<10}{text}")
+    print(*describe_ways(order, config, hosts), sep="\n")
+    if not (is_alone(hosts) or order.show):
+        print("\nother ways: --show pdsh|slurm|none|deepspeed|sbatch|all")
 
 
 def _place_ranks(config: RunConfig, hosts: Sequence[Host]) -> dict[str, str]:
     """Return which rank runs where; devices of other machines are known to them alone."""
     from shoal.launcher.hosts import is_local
+    from shoal.launcher.processes import changed_environment
     from shoal.launcher.world import check_devices, resolve_threads
 
     first, lines = 0, dict[str, str]()
     for host in hosts:
         noun = "rank" if host.slots == 1 else "ranks"
         numbers = range(first, first + host.slots)
+        devices = host.devices or range(host.slots)
         if is_local(host.name):
-            device = check_devices(host.slots)
-            gpus = device == "cuda"
-            ranks = [f"{r}={device}{f':{i}' if gpus else ''}" for i, r in enumerate(numbers)]
+            with changed_environment(host.device_variables):
+                gpus = check_devices(host.slots) == "cuda"
+            names = [f"cuda:{device}" if gpus else "cpu" for device in devices]
             threads = resolve_threads(config.world.threads, host.slots)
-            name, where = socket.gethostname(), " ".join(ranks) + f"; {threads} CPU threads a rank"
+            name, behind = socket.gethostname(), f"; {threads} CPU threads a rank"
         else:
-            name, where = host.name, " ".join(map(str, numbers))
+            names, behind = [f"device {device}" for device in devices], ""
+            name = host.name
+        places = ", ".join(f"{rank}={device}" for rank, device in zip(numbers, names, strict=True))
         label = "ranks" if len(hosts) == 1 else f"host {len(lines)}"
-        lines[label] = f"{host.slots} {noun} on {name}: {where}"
+        lines[label] = f"{host.slots} {noun} on {name}: {places}{behind}"
         first += host.slots
     return lines
 
 
-def _list_commands(config: RunConfig, hosts: Sequence[Host], argv: Sequence[str]) -> dict[str, str]:
-    """Return what a user can type for this plan, and what starts the ranks."""
-    from shoal.launcher.commands import call_commands, guard_command, ssh_command
-    from shoal.launcher.hosts import is_local
-    from shoal.launcher.processes import WORKER
+def _describe_checkpoints(config: RunConfig) -> str:
+    """Say where checkpoints go, how often, and what the run would go on from."""
+    from shoal.launcher.screen import newest_checkpoint
 
-    if len(hosts) == 1 and is_local(hosts[0].name):
-        ranks = hosts[0].slots
-        torchrun = ["torchrun", "--standalone", f"--nproc-per-node={ranks}", "--no-python"]
-        return {
-            "command": shlex.join(command_of(config, ranks, argv)),
-            "starts": shlex.join([*torchrun, *WORKER, *argv]),
-        }
-    lines = {
-        f"starts {index}": shlex.join(
-            guard_command() if is_local(host.name) else ssh_command(host.name)
-        )
-        for index, host in enumerate(hosts)
-        if is_local(host.name) or config.world.launcher == "ssh"
-    }
-    if config.world.launcher != "ssh":
-        others = [host.name for host in hosts if not is_local(host.name)]
-        key = run_folder(config) / ".call-key"
-        commands = call_commands(config.world.launcher, others, "LAUNCHER:PORT", key)
-        for number, command in enumerate(commands):
-            lines[f"calls {number}"] = shlex.join(command)
-    return lines
+    saves, folder = config.checkpoint, run_folder(config) / "checkpoints"
+    found = newest_checkpoint(run_folder(config))
+    start = f"goes on from {Path(found).name}" if found else "begins at step 0"
+    if not found and saves.resume not in ("auto", "never"):
+        start = f"begins from {saves.resume}"
+    return f"{folder}, every {saves.every_steps} steps, the newest {saves.keep} kept; {start}"
 
 
 def _describe_stream(stream: Stream) -> str:
@@ -146,14 +152,12 @@ def command_of(config: RunConfig, num_ranks: int, argv: Sequence[str]) -> list[s
 
     `world.ranks` says what a hostfile of this machine says, and changes nothing else of a run.
     """
+    from shoal.launcher.ways import script_path
     from shoal.launcher.world import resolve_ranks
 
-    script = Path(__file__).with_name("run.py")
-    here = Path("launcher/run.py")
-    if here.is_file() and here.samefile(script):
-        script = here
     asked = resolve_ranks(config.world.ranks) == num_ranks
-    return [sys.executable, str(script), *argv, *([] if asked else [f"world.ranks={num_ranks}"])]
+    extra = [] if asked else [f"world.ranks={num_ranks}"]
+    return [sys.executable, script_path(), *argv, *extra]
 
 
 def find_vocab_size(config: RunConfig) -> int:

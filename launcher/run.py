@@ -14,7 +14,7 @@ import re
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -34,9 +34,12 @@ from shoal.configs.schema import RunConfig, WorldConfig
 if TYPE_CHECKING:
     from shoal.launcher.hosts import Host
     from shoal.launcher.watchdog import Watchdog
+    from shoal.launcher.ways import Shown
     from shoal.launcher.world import StopRequest
 
 DEFAULT_CONFIG = "default.yaml"
+# Ways of starting that a dry run can show; see `ways`.
+SHOWN = ("ssh", "pdsh", "slurm", "none", "deepspeed", "sbatch", "all")
 OVERRIDE = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*=")
 EPILOG = """\
 examples:
@@ -48,7 +51,9 @@ examples:
   deepspeed launcher/run.py --hostfile hosts --include "n1@n2:0,2"
       all slots of n1 and two of n2, in the words DeepSpeed has for it
   deepspeed launcher/run.py --hostfile hosts --dry-run
-      print ranks, devices, batch and commands; start nothing
+      print ranks, devices, batch, commands and environment; start nothing
+  python launcher/run.py --hostfile hosts --show sbatch > job.sh
+      the same job as a script for Slurm
 
 The same command again continues from the newest checkpoint.
 exit codes: 0 done, 2 usage or configuration, 3 data, 4 preflight,
@@ -71,6 +76,14 @@ class Order:
     probe: str | None = None
     """File that says what the ranks do instead of training, or gets what they find; `rehearsal`."""
 
+    show: Shown | None = None
+    """The way of starting that a dry run shows; None: the one that is configured."""
+
+    @property
+    def words(self) -> list[str]:
+        """Configs and overrides, as they were given."""
+        return [*self.configs, *self.overrides]
+
     def load(self) -> list[RunConfig]:
         """Load the configs with the overrides applied to each."""
         return [load_config(RunConfig, config, self.overrides) for config in self.configs]
@@ -90,6 +103,11 @@ def parse_order(argv: Sequence[str]) -> Order:
         names = (f"-{flag[0]}", f"--{flag}")
         parser.add_argument(*names, metavar="SELECTION", default="", help=help_text)
     parser.add_argument("--dry-run", action="store_true", help="show the plan, start nothing")
+    parser.add_argument(
+        "--show",
+        choices=SHOWN,
+        help="the plan for this way of starting; sbatch: a script to submit",
+    )
     parser.add_argument("words", nargs="*", metavar="CONFIG | key=value", help="see examples")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--probe", metavar="FILE", help=argparse.SUPPRESS)
@@ -115,7 +133,8 @@ def make_order(words: Sequence[str], **options: Any) -> Order:
             where="command line",
             fix="overrides are written key=value, without spaces",
         )
-    return Order(configs or (DEFAULT_CONFIG,), overrides, **options)
+    order = Order(configs or (DEFAULT_CONFIG,), overrides, **options)
+    return replace(order, dry_run=True) if order.show else order
 
 
 def execute(order: Order) -> None:
@@ -158,13 +177,13 @@ def find_hosts(order: Order, config: RunConfig) -> list[Host]:
 def _find_hosts(order: Order, config: RunConfig) -> list[Host]:
     """Return the machines of a job without a hostfile."""
     from shoal.launcher.hosts import Host, hosts_of_deepspeed
-    from shoal.launcher.slurm import allocated_hosts
+    from shoal.launcher.slurm import allocated_hosts, in_allocation
     from shoal.launcher.world import foreign_ranks, resolve_ranks, under_foreign_launcher
 
     if order.dry_run and under_foreign_launcher():
         return hosts_of_deepspeed() or [Host("localhost", foreign_ranks()[0])]
     ranks = config.world.ranks
-    if config.world.launcher == "slurm":
+    if config.world.launcher == "slurm" and not (order.dry_run and not in_allocation()):
         return allocated_hosts(slots=None if ranks == "auto" else ranks)
     return [Host("localhost", resolve_ranks(ranks))]
 
@@ -178,7 +197,7 @@ def launch(order: Order, watch: Sequence[int] = ()) -> None:
     config = order.load()[0]
     hosts = find_hosts(order, config)
     if order.dry_run:
-        print_plan(config, hosts, [*order.configs, *order.overrides])
+        print_plan(order, config, hosts)
         return
     from shoal.launcher.supervision import supervise
 

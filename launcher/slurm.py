@@ -45,6 +45,11 @@ def adopt_step(environment: MutableMapping[str, str] = os.environ) -> None:
     environment.update(said)
 
 
+def in_allocation(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether this process runs in an allocation."""
+    return "SLURM_JOB_NODELIST" in environment
+
+
 def allocated_hosts(
     environment: Mapping[str, str] = os.environ, slots: int | None = None
 ) -> list[Host]:
@@ -57,7 +62,7 @@ def allocated_hosts(
     Raises:
         ConfigError: there is no allocation.
     """
-    if "SLURM_JOB_NODELIST" not in environment:
+    if not in_allocation(environment):
         raise ConfigError(
             "there is no Slurm allocation here",
             where="world.launcher=slurm",
