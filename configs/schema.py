@@ -303,6 +303,15 @@ class WorldConfig(Section):
         20, description="what ranks get to save in when a host or the launcher was lost"
     )
 
+    @model_validator(mode="after")
+    def _leaves_time_to_train(self) -> WorldConfig:
+        if self.time_limit_minutes and self.time_limit_minutes * 60 <= self.save_seconds:
+            raise ValueError(
+                f"time_limit_minutes {self.time_limit_minutes:g} leaves nothing beside the "
+                f"save_seconds {self.save_seconds}"
+            )
+        return self
+
 
 class LedgerConfig(Section):
     """How a run's cost is booked."""

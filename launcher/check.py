@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from shoal.configs.errors import ConfigError, DataError, PreflightError, ShoalError
 from shoal.configs.load import config_hash, dump_config
 from shoal.configs.schema import RunConfig
-from shoal.launcher.fanout import caught_signals, run_attempt
+from shoal.launcher.fanout import run_attempt
 from shoal.launcher.findings import Facts, Finding, judge_host
 from shoal.launcher.greeting import NoAnswerError, ask_host
 from shoal.launcher.hosts import Host, is_local
@@ -24,6 +24,7 @@ from shoal.launcher.meeting import open_meeting
 from shoal.launcher.processes import launch_ranks
 from shoal.launcher.refusals import explain_refusal
 from shoal.launcher.runs import run_folder
+from shoal.launcher.world import caught_signals
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -28,7 +28,7 @@ SRUN = (
     "srun", "--overlap", "--ntasks-per-node=1", "--cpu-bind=none", "--kill-on-bad-exit=0",
 )  # fmt: skip
 # Who ends a job (DeepSpeed, systemd) ends all its processes; these must carry the last word.
-DEAF = ("sh", "-c", 'trap "" TERM INT HUP; exec "$@"', "sh")
+DEAF = ("sh", "-c", 'trap "" TERM INT HUP USR1 USR2; exec "$@"', "sh")
 
 
 def guard_command(*words: str) -> list[str]:

@@ -12,9 +12,8 @@ import os
 import selectors
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from shoal.launcher.guard import SILENCE_SECONDS, Task, unpack_ending
 from shoal.launcher.hosts import Host, is_local
 from shoal.launcher.lines import Callers, Line, ProcessLine
 from shoal.launcher.processes import HANG_GRACE_SECONDS
-from shoal.launcher.world import STOP_SIGNALS
 
 BEAT_SECONDS = 5.0
 LOOK_SECONDS = 0.2
@@ -295,8 +293,12 @@ def _has_failed(guard: Guard) -> bool:
 
 
 def _join_endings(guards: Sequence[Guard], caught: Sequence[int]) -> Ending:
-    """Return how the ranks of all machines ended; those of a guard without a word are silent."""
-    whole = Ending(signal=caught[0] if caught else None)
+    """Return how the ranks of all machines ended; those of a guard without a word are silent.
+
+    A signal may reach a guard alone: it stops the ranks of its machine, and so all.
+    """
+    told = [guard.ending.signal for guard in guards if guard.ending and not guard.stopped_itself]
+    whole = Ending(signal=next(filter(None, [*caught, *told]), None))
     for guard in guards:
         ranks = guard.task.global_ranks
         whole.ranks += ranks
@@ -308,19 +310,3 @@ def _join_endings(guards: Sequence[Guard], caught: Sequence[int]) -> Ending:
         whole.exit_codes |= guard.ending.exit_codes
         whole.ended_by_us |= guard.ending.ended_by_us
     return whole
-
-
-@contextlib.contextmanager
-def caught_signals() -> Iterator[list[int]]:
-    """Give a list that grows with every signal that asks for a stop."""
-    caught: list[int] = []
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-                before[number] = signal.signal(number, lambda n, _: caught.append(n))
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

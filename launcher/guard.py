@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from shoal.launcher.hosts import is_loopback
 from shoal.launcher.inspection import answer, describe_installation
 from shoal.launcher.outcomes import Outcome, describe
 from shoal.launcher.processes import ALONE, INTERFACE_VARIABLES, Advice, Place, run_ranks
+from shoal.launcher.world import caught_signals
 
 SILENCE_SECONDS = 30.0
 """Without a word for so long, the launcher or the way to it is lost."""
@@ -64,10 +65,15 @@ class Orders:
     """What the launcher last said, and what its silence means."""
 
     def __init__(
-        self, lines: Iterable[str], save_seconds: float, answer: Callable[[], object]
+        self,
+        lines: Iterable[str],
+        save_seconds: float,
+        caught: Sequence[int],
+        answer: Callable[[], object],
     ) -> None:
-        """Listen to `lines` from now on, and `answer` each beat."""
-        self._lines, self._save_seconds, self._answer = lines, save_seconds, answer
+        """Listen to `lines` from now on, and `answer` each beat; `caught` holds stop signals."""
+        self._lines, self._save_seconds = lines, save_seconds
+        self._caught, self._answer = caught, answer
         self._port: int | None = None
         self._heard = time.monotonic()
         self._advice: Advice = "go"
@@ -91,7 +97,11 @@ class Orders:
     def await_port(self) -> int | None:
         """Return where the machines meet; None if the job is called off before that is known."""
         while self._port is None:
-            if self._advice != "go" or time.monotonic() - self._heard > SILENCE_SECONDS:
+            if (
+                self._advice != "go"
+                or self._caught
+                or time.monotonic() - self._heard > SILENCE_SECONDS
+            ):
                 return None
             time.sleep(0.1)
         return self._port
@@ -150,8 +160,10 @@ def find_interface(address: str) -> str:
     raise PreflightError(f"no interface has the address {own}", where=socket.gethostname())
 
 
-def serve(orders: Iterator[str], tell: Callable[[bytes], object]) -> None:
-    """Do the task that `orders` begins with, and `tell` how it ended."""
+def serve(
+    orders: Iterator[str], tell: Callable[[bytes], object], caught: Sequence[int] = ()
+) -> None:
+    """Do the task that `orders` begins with, and `tell` how it ended; `caught` grows by signals."""
     task = Task(**json.loads(next(orders)))
     os.environ.update(task.environment)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of names it need not know
@@ -162,7 +174,7 @@ def serve(orders: Iterator[str], tell: Callable[[bytes], object]) -> None:
         with one_at_a_time, contextlib.suppress(OSError):  # the launcher is gone
             tell(json.dumps(message).encode() + b"\n")
 
-    heard = Orders(orders, task.save_seconds, lambda: say(alive=True))
+    heard = Orders(orders, task.save_seconds, caught, lambda: say(alive=True))
     ranks = set(task.global_ranks)
     say(started=os.getpid())
     try:
@@ -173,7 +185,8 @@ def serve(orders: Iterator[str], tell: Callable[[bytes], object]) -> None:
                 say(port=_free_port())
             port = heard.await_port()
             if port is None:
-                say(ending=pack_ending(Ending(ended_by_us=ranks)), lost=heard.lost_at is not None)
+                none = Ending(ended_by_us=ranks, signal=caught[0] if caught else None)
+                say(ending=pack_ending(none), lost=heard.lost_at is not None)
                 return
             endpoint = f"{task.address}:{port}"
             place = Place(task.first_rank, task.host, task.num_hosts, endpoint, interface)
@@ -184,6 +197,7 @@ def serve(orders: Iterator[str], tell: Callable[[bytes], object]) -> None:
             threads=task.threads,
             timeout=task.timeout,
             advise=heard.advise,
+            caught=caught,
         )
         say(ending=pack_ending(ending), lost=heard.lost_at is not None)
     except Exception as error:  # the other ranks, if there are any yet, die with this process
@@ -257,15 +271,16 @@ def main() -> None:
         answer(sys.argv[2])
         return
     try:
-        if sys.argv[1:2] == ["--call"]:
-            endpoint, key, name = sys.argv[2:]
-            call = Call(endpoint, Path(key), name)
-            serve(iter(call), call.send)
-        else:
-            control = int(sys.argv[1]) if len(sys.argv) > 1 else os.dup(1)
-            if len(sys.argv) == 1:
-                os.dup2(2, 1)  # what the ranks print is no message
-            serve(iter(sys.stdin), partial(os.write, control))
+        with caught_signals() as caught:
+            if sys.argv[1:2] == ["--call"]:
+                endpoint, key, name = sys.argv[2:]
+                call = Call(endpoint, Path(key), name)
+                serve(iter(call), call.send, caught)
+            else:
+                control = int(sys.argv[1]) if len(sys.argv) > 1 else os.dup(1)
+                if len(sys.argv) == 1:
+                    os.dup2(2, 1)  # what the ranks print is no message
+                serve(iter(sys.stdin), partial(os.write, control), caught)
     except Exception:
         traceback.print_exc()
     finally:

@@ -20,11 +20,10 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from shoal.configs.errors import HangError, PreflightError
-from shoal.launcher.endings import Ending, interrupted, raise_failure
+from shoal.launcher.endings import Ending, raise_failure
 from shoal.launcher.outcomes import (
     FOLDER_VARIABLE,
     PARENT_VARIABLE,
@@ -34,10 +33,11 @@ from shoal.launcher.outcomes import (
 )
 from shoal.launcher.world import (
     RANK_VARIABLES,
-    STOP_SIGNALS,
+    caught_signals,
     check_devices,
     resolve_ranks,
     resolve_threads,
+    seconds_to_train,
 )
 
 if TYPE_CHECKING:
@@ -81,26 +81,30 @@ def launch_ranks(
     command: Sequence[str] = WORKER,
     environment: Mapping[str, str] = {},
     gone: Callable[[], bool] = lambda: False,
+    caught: list[int] | None = None,
 ) -> None:
     """Run `command` + `argv` as `num_ranks` ranks on this machine; return when all are done.
 
-    SIGTERM, SIGINT and SIGHUP are passed on, and the ranks take the time they need to save; a
+    Signals that ask for a stop are passed on, and the ranks take the time they need to save; a
     second SIGINT kills them. `timeout` is how many seconds the ranks may take to start. When
-    `gone` says that nobody is left who wants this, the ranks are asked to stop.
+    `gone` says that nobody is left who wants this, the ranks are asked to stop. A caller that
+    catches signals itself hands over its list of those.
 
     Raises:
         StoppedOnRequest: a signal arrived and the ranks saved a checkpoint.
         ShoalError: the first failure of a rank, as the rank raised it; a note names rank and host.
     """
-    ending = run_ranks(
-        num_ranks,
-        argv,
-        threads=threads,
-        timeout=timeout,
-        command=command,
-        environment=environment,
-        advise=lambda: "stop" if gone() else "go",
-    )
+    with contextlib.nullcontext(caught) if caught is not None else caught_signals() as signals:
+        ending = run_ranks(
+            num_ranks,
+            argv,
+            threads=threads,
+            timeout=timeout,
+            command=command,
+            environment=environment,
+            advise=lambda: "stop" if gone() else "go",
+            caught=signals,
+        )
     raise_failure(ending)
 
 
@@ -114,6 +118,7 @@ def run_ranks(
     command: Sequence[str] = WORKER,
     environment: Mapping[str, str] = {},
     advise: Callable[[], Advice] = lambda: "go",
+    caught: Sequence[int] = (),
 ) -> Ending:
     """Run this machine's ranks of a job and return how they ended.
 
@@ -126,6 +131,7 @@ def run_ranks(
         command: Program of a rank.
         environment: Further variables of the ranks.
         advise: Asked several times a second whether to go on, to stop (the ranks save), or to kill.
+        caught: Grows with every signal that asks for a stop, see `caught_signals`.
     """
     with scratch_folder() as outcomes, changed_environment(environment):
         device = check_devices(num_ranks)
@@ -141,7 +147,7 @@ def run_ranks(
                 added[name] = os.environ.get(name) or place.interface
         if device == "cpu":
             added["DS_ACCELERATOR"] = "cpu"
-        watcher = _Watcher(outcomes, advise)
+        watcher = _Watcher(outcomes, advise, caught)
         with changed_environment(added, RANK_VARIABLES), watcher:
             exit_codes = _run_agent(num_ranks, place, [*command, *argv], outcomes, timeout)
         ranks = list(range(place.first_rank, place.first_rank + num_ranks))
@@ -150,7 +156,7 @@ def run_ranks(
             read_outcomes(outcomes),
             exit_codes,
             watcher.ended_by_us,
-            watcher.signal,
+            watcher.asked_by,
         )
 
 
@@ -163,6 +169,7 @@ def train_configs(configs: Sequence[RunConfig]) -> None:
     from shoal.configs.load import dump_config
 
     world = configs[0].world
+    stop_at = time.monotonic() + seconds_to_train(world)
     with scratch_folder() as folder:
         files = [folder / f"{index:03d}-{c.name}.yaml" for index, c in enumerate(configs)]
         for file, config in zip(files, configs, strict=True):
@@ -172,6 +179,7 @@ def train_configs(configs: Sequence[RunConfig]) -> None:
             [str(file) for file in files],
             threads=world.threads,
             timeout=world.timeout_seconds,
+            gone=lambda: time.monotonic() > stop_at,
         )
 
 
@@ -201,7 +209,7 @@ def _run_agent(
         # No redirection: the progress bar of rank 0 must see the terminal.
         logs_specs=DefaultLogsSpecs(log_dir=str(folder / "agent")),
         # The agent's handlers would cut a save off after 30 s; ours (_Watcher) take its signals.
-        signals_to_handle="SIGUSR2",
+        signals_to_handle="",
     )
     try:
         elastic_launch(config, command[0])(*command[1:])
@@ -219,41 +227,31 @@ def _quieten(*names: str) -> None:
 class _Watcher:
     """A thread that passes signals on to the ranks and ends them all when one has failed."""
 
-    def __init__(self, folder: Path, advise: Callable[[], Advice]) -> None:
-        self.signal: int | None = None
+    def __init__(self, folder: Path, advise: Callable[[], Advice], caught: Sequence[int]) -> None:
         self.ended_by_us: set[int] = set()
-        self._folder = folder
-        self._advise = advise
-        self._interrupts = 0
+        self._folder, self._advise, self._caught = folder, advise, caught
+        self._stopped = False
         self._told: set[int] = set()
         self._ranks: dict[int, int] = {}  # rank -> pidfd: a process id alone may be reused
         self._gone: set[int] = set()
         self._failed_at: float | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="ranks", daemon=True)
-        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> _Watcher:
-        if threading.current_thread() is threading.main_thread():
-            for number in STOP_SIGNALS:
-                if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-                    self._previous[number] = signal.signal(number, self._remember)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
         for descriptor in self._ranks.values():
             os.close(descriptor)
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.signal = self.signal or number
-        self._interrupts += number == signal.SIGINT
-        if not read_pids(self._folder) and self._interrupts > 1:
-            raise interrupted(number)
+    @property
+    def asked_by(self) -> int | None:
+        """What asked the ranks to stop, if anything did."""
+        return self._caught[0] if self._caught else signal.SIGTERM if self._stopped else None
 
     def _watch(self) -> None:
         try:
@@ -265,18 +263,18 @@ class _Watcher:
     def _look_after(self) -> None:
         while not self._over.wait(WATCH_SECONDS):
             advice = self._advise()
-            if advice == "stop":
-                self.signal = self.signal or signal.SIGTERM
+            self._stopped = self._stopped or advice == "stop"
             for rank, pid in read_pids(self._folder).items():
                 if rank not in self._ranks and rank not in self._gone:
                     if (descriptor := open_process(pid)) is None:
                         self._gone.add(rank)
                     else:
                         self._ranks[rank] = descriptor
-            if self.signal:
+            if self.asked_by:
                 self._send(signal.SIGTERM, self._ranks.keys() - self._told)
                 self._told |= self._ranks.keys()
-            if advice == "kill" or self._interrupts > 1 or self._failed_long_ago():
+            impatient = self._caught.count(signal.SIGINT) > 1
+            if advice == "kill" or impatient or self._failed_long_ago():
                 self._kill()
 
     def _failed_long_ago(self) -> bool:

@@ -143,13 +143,18 @@ def execute(order: Order) -> None:
     Raises:
         ShoalError: named; before anything was started where that is possible.
     """
-    from shoal.launcher.slurm import adopt_step
-    from shoal.launcher.world import under_foreign_launcher
+    from shoal.launcher.adoption import adopt_rank, find_pod, run_pod
+    from shoal.launcher.runs import check_may_begin
 
     if order.worker:
         run_rank(order)
-    adopt_step()
-    foreign = under_foreign_launcher()
+    foreign, pod = adopt_rank(), find_pod()
+    if pod and order.hostfile is None and not order.dry_run:
+        (config,) = order.load()
+        if pod.host == 0:
+            check_may_begin(config)
+        run_pod(pod, order.words, config.world)
+        return
     first = os.environ.get("RANK", "0") == "0"
     if foreign and order.hostfile is None and not order.dry_run:
         run_foreign_rank(order)
@@ -229,11 +234,12 @@ def run_foreign_rank(order: Order) -> NoReturn:
     Those may be killed without their ranks noticing, so the ranks watch them; and DeepSpeed starts
     a hostfile of one other machine on this one, so the ranks look at what it was told.
     """
+    from shoal.launcher.adoption import complete_environment
     from shoal.launcher.hosts import check_deepspeeds_hosts, hosts_of_deepspeed
     from shoal.launcher.runs import check_may_begin
     from shoal.launcher.screen import guard, show_error
     from shoal.launcher.watchdog import Watchdog
-    from shoal.launcher.world import STOP_SIGNALS, StopRequest, foreign_ranks, resolve_threads
+    from shoal.launcher.world import STOP_SIGNALS, StopRequest, command_age, seconds_to_train
 
     stop = StopRequest()
     stop.install(STOP_SIGNALS)
@@ -242,11 +248,9 @@ def run_foreign_rank(order: Order) -> NoReturn:
         check_deepspeeds_hosts(hosts_of_deepspeed())
         if os.environ["RANK"] == "0":
             check_may_begin(order.load()[0])
-        num_ranks, local_ranks = foreign_ranks()
-        threads = resolve_threads(order.load()[0].world.threads, local_ranks)
-        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-        if local_ranks == num_ranks:  # a machine need not know its own name
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        world = order.load()[0].world
+        complete_environment(world.threads)
+        stop.request_in(seconds_to_train(world) - command_age())
         stop.request_when_gone(_ancestors())
         try:
             _train(order, stop, Watchdog(lambda error, _: show_error(error)))

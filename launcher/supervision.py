@@ -22,13 +22,14 @@ from shoal.configs.load import dump_config
 from shoal.configs.schema import RunConfig
 from shoal.launcher.check import check_before_start
 from shoal.launcher.endings import Interrupted, interrupted
-from shoal.launcher.fanout import AttemptEnd, caught_signals, run_attempt
+from shoal.launcher.fanout import AttemptEnd, run_attempt
 from shoal.launcher.greeting import find_reachable, is_guard_gone
 from shoal.launcher.guard import AGENT_SECONDS, SILENCE_SECONDS
 from shoal.launcher.hosts import Host, is_local
 from shoal.launcher.processes import any_gone, launch_ranks, open_process
 from shoal.launcher.runs import run_folder
 from shoal.launcher.screen import newest_checkpoint, newest_checkpoint_note, show_error
+from shoal.launcher.world import caught_signals, seconds_to_train
 from shoal.trainer.storage import write_text
 
 FINAL = (
@@ -73,6 +74,8 @@ class _Job:
         self.hosts, self.config, self.world = hosts, config, config.world
         self.folder, self.way = run_folder(config), config.world.launcher
         self.watched, self.caught = watched, caught
+        self._stop_at = time.monotonic() + seconds_to_train(self.world)
+        self._is_late = False
 
     def run(self) -> None:
         attempts = self.world.max_restarts + 1
@@ -126,8 +129,8 @@ class _Job:
                 threads=self.world.threads,
                 timeout=self.world.timeout_seconds,
                 environment=self.hosts[0].device_variables,
-                # What was caught before the ranks were watched.
-                gone=lambda: bool(self.caught) or self._gone(),
+                gone=self._gone,
+                caught=self.caught,
             )
         except ShoalError as error:
             return AttemptEnd(error)
@@ -173,7 +176,12 @@ class _Job:
             raise interrupted(self.caught[0] if self.caught else signal.SIGTERM)
 
     def _gone(self) -> bool:
-        """Whether one of the processes that want this job has ended."""
+        """Whether one of the processes that want this job has ended, or its time is over."""
+        if time.monotonic() > self._stop_at and not self._is_late:
+            self._is_late = True
+            self._say(f"{self.world.time_limit_minutes:g} minutes are nearly over: saving")
+        if self._is_late:
+            return True
         alive = [descriptor for descriptor in self.watched if descriptor is not None]
         return len(alive) < len(self.watched) or bool(alive and any_gone(alive))
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import select
 import signal
 import socket
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -32,7 +34,44 @@ RANK_VARIABLES = (
     "TORCHELASTIC_ERROR_FILE",
 )  # fmt: skip
 CPU_RANKS = 2
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# Slurm warns with one of the last two, as it is asked to.
+STOP_SIGNALS = (
+    signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """Give a list that grows with every signal that asks for a stop."""
+    caught: list[int] = []
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                before[number] = signal.signal(number, lambda n, _: caught.append(n))
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def seconds_to_train(config: WorldConfig) -> float:
+    """Return how long after its start a command is to stop: what it may take, less a save."""
+    limit = config.time_limit_minutes
+    return math.inf if limit is None else limit * 60 - config.save_seconds
+
+
+def command_age() -> float:
+    """Return the seconds since this rank's command began: that of torchrun, which restarts ranks.
+
+    For other launchers it is the rank's own: they start their ranks once.
+    """
+    import psutil
+
+    own = psutil.Process()
+    parent = own.parent() if "TORCHELASTIC_RUN_ID" in os.environ else None
+    return max(0.0, time.time() - (parent or own).create_time())
 
 
 class StopRequest:
@@ -74,6 +113,13 @@ class StopRequest:
         if descriptors:
             threading.Thread(target=wait, name="ancestors", daemon=True).start()
 
+    def request_in(self, seconds: float) -> None:
+        """Ask for a stop after so long; never, if that is infinite."""
+        if seconds < math.inf:
+            timer = threading.Timer(max(0.0, seconds), self.request)
+            timer.daemon = True
+            timer.start()
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.request()
         if not self._polled:
@@ -103,8 +149,8 @@ class World:
             ConfigError: the variables contradict each other.
             PreflightError: more ranks than GPUs on this machine.
         """
-        rank, (num_ranks, local_ranks) = _number("RANK", 0), foreign_ranks()
-        local_rank = _number("LOCAL_RANK", rank)
+        rank, (num_ranks, local_ranks) = read_number("RANK", 0), foreign_ranks()
+        local_rank = read_number("LOCAL_RANK", rank)
         if not (rank < num_ranks and local_rank < local_ranks <= num_ranks):
             raise ConfigError(
                 f"rank {rank} of {num_ranks}, local rank {local_rank} of {local_ranks} cannot be",
@@ -145,7 +191,7 @@ def under_foreign_launcher(environment: Mapping[str, str] = os.environ) -> bool:
     return "RANK" in environment and "WORLD_SIZE" in environment
 
 
-def foreign_ranks() -> tuple[int, int]:
+def foreign_ranks(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
     """Return what another launcher says: ranks of the job, and ranks on this machine.
 
     DeepSpeed's launcher says LOCAL_SIZE where torchrun says LOCAL_WORLD_SIZE.
@@ -153,8 +199,9 @@ def foreign_ranks() -> tuple[int, int]:
     Raises:
         ConfigError: a variable is no number.
     """
-    num_ranks = _number("WORLD_SIZE", 1)
-    return num_ranks, _number("LOCAL_WORLD_SIZE", _number("LOCAL_SIZE", num_ranks))
+    num_ranks = read_number("WORLD_SIZE", 1, environment)
+    local_ranks = read_number("LOCAL_SIZE", num_ranks, environment)
+    return num_ranks, read_number("LOCAL_WORLD_SIZE", local_ranks, environment)
 
 
 def usable_cores() -> int:
@@ -211,8 +258,13 @@ def _device(local_rank: int, local_ranks: int) -> tuple[torch.device, str]:
     return torch.device("cuda", local_rank), torch.cuda.get_device_name(local_rank)
 
 
-def _number(name: str, default: int) -> int:
-    text = os.environ.get(name, "")
+def read_number(name: str, default: int, environment: Mapping[str, str] = os.environ) -> int:
+    """Return what a variable says; the default where it is absent or empty.
+
+    Raises:
+        ConfigError: it is no number.
+    """
+    text = environment.get(name, "")
     if not text:
         return default
     if not text.isdigit():

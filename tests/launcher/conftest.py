@@ -32,13 +32,13 @@ sys.modules["shoal.launcher.training"] = module
 # ssh ... -- NAME COMMAND; a real one would not hand the signals it ignores to the other machine.
 SSH = """#!/bin/sh
 while [ "$1" != -- ]; do shift; done
-exec env --default-signal=TERM,INT,HUP sh -c "$3"
+exec env --default-signal=TERM,INT,HUP,USR1,USR2 sh -c "$3"
 """
 # pdsh ... -w NAMES COMMAND, and srun ... --nodelist=NAMES ... sh -c COMMAND
 PDSH = """#!/bin/sh
 while [ "$1" != -w ]; do shift; done
 for name in $(echo "$2" | tr , " "); do
-    env --default-signal=TERM,INT,HUP sh -c "$(echo "$3" | sed "s/%h/$name/")" &
+    env --default-signal=TERM,INT,HUP,USR1,USR2 sh -c "$(echo "$3" | sed "s/%h/$name/")" &
 done
 wait
 """
@@ -48,7 +48,7 @@ while [ "$1" != sh ]; do
     shift
 done
 for name in $(echo "$names" | tr , " "); do
-    SLURMD_NODENAME="$name" env --default-signal=TERM,INT,HUP "$@" &
+    SLURMD_NODENAME="$name" env --default-signal=TERM,INT,HUP,USR1,USR2 "$@" &
 done
 wait
 """

@@ -367,7 +367,7 @@ def test_error_of_a_rank_is_the_error_of_the_job(stage: dict[str, str], tmp_path
     wait_until_gone([record["pid"] for record in records(stage)], 1)  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
 def test_signal_lets_the_ranks_save(
     number: signal.Signals, stage: dict[str, str], tmp_path: Path
 ) -> None:
@@ -379,6 +379,34 @@ def test_signal_lets_the_ranks_save(
     assert job.returncode == 5
     assert "stopped: step 7 of 9 is saved" in err
     wait_until_gone(pids, 1)  # type: ignore[arg-type]
+
+
+def test_a_time_limit_is_a_stop(stage: dict[str, str], tmp_path: Path) -> None:
+    words = ["world.ranks=2", "world.time_limit_minutes=0.3", "world.save_seconds=1"]
+    done = run([sys.executable, RUN, *words], stage | {"FAKE": "stop"}, tmp_path)
+    assert done.returncode == 5, done.stderr
+    assert "0.3 minutes are nearly over: saving" in done.stderr
+    assert "stopped: step 7 of 9 is saved" in done.stderr
+    done = run([sys.executable, RUN, "world.time_limit_minutes=0.3"], stage, tmp_path)
+    assert done.returncode == 2
+    assert "leaves nothing beside the save_seconds 20" in done.stderr
+
+
+RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "FAKE": "stop"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, None])
+def test_a_rank_that_others_started_stops_as_ours_do(
+    number: signal.Signals | None, stage: dict[str, str], tmp_path: Path
+) -> None:
+    limit = [] if number else ["world.time_limit_minutes=0.2", "world.save_seconds=1"]
+    job = start([sys.executable, RUN, *limit], stage | RANK, tmp_path)
+    if number:
+        wait_for_records(stage, 1)
+        job.send_signal(number)
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == 5, err
+    assert "stopped: step 7 of 9 is saved" in err
 
 
 def test_killed_launcher_leaves_no_ranks(stage: dict[str, str], tmp_path: Path) -> None:

@@ -33,10 +33,11 @@ from shoal.launcher import fanout, supervision
 from shoal.launcher.calls import Call, Switchboard
 from shoal.launcher.commands import Way, guard_command
 from shoal.launcher.endings import Interrupted
-from shoal.launcher.fanout import AttemptEnd, HostLostError, caught_signals, make_tasks, run_attempt
+from shoal.launcher.fanout import AttemptEnd, HostLostError, make_tasks, run_attempt
 from shoal.launcher.greeting import is_guard_gone
 from shoal.launcher.guard import is_guard
 from shoal.launcher.hosts import Host
+from shoal.launcher.world import caught_signals
 
 HERE, THERE = Host("127.0.0.1", 1), Host("far-away.invalid", 2)
 
@@ -189,6 +190,16 @@ def test_a_second_interrupt_kills(stage: Path, monkeypatch: pytest.MonkeyPatch) 
     assert type(error) is Interrupted
     assert error.exit_code == 130
     assert not any(process.is_running() for process in stopped)
+
+
+def test_a_signal_to_a_guard_stops_all(stage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Slurm's warning does, where it goes to every process of a job."""
+    monkeypatch.setenv("FAKE", "wait")
+    caught: list[int] = []
+    thread = meanwhile(stage, 3, lambda: [g.send_signal(signal.SIGUSR1) for g in guards()])
+    error = attempt(stage, caught).error
+    thread.join()
+    assert (type(error), caught) == (StoppedOnRequest, [])
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
@@ -383,10 +394,10 @@ def test_a_request_between_attempts_is_heeded(job: Job, monkeypatch: pytest.Monk
 def test_a_signal_before_ranks_are_watched_reaches_them(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def launch(*_: object, gone: Callable[[], bool], **__: object) -> None:
-        assert not gone()
+    def launch(*_: object, caught: list[int], **__: object) -> None:
+        assert caught == []
         os.kill(os.getpid(), signal.SIGTERM)
-        assert gone()
+        assert caught == [signal.SIGTERM]
         raise StoppedOnRequest("saved")
 
     monkeypatch.setattr(supervision, "launch_ranks", launch)

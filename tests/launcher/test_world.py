@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from shoal.configs.errors import ConfigError
+from shoal.configs.schema import WorldConfig
 from shoal.launcher.world import (
     RANK_VARIABLES,
     StopRequest,
     World,
+    command_age,
     resolve_threads,
+    seconds_to_train,
     under_foreign_launcher,
     usable_cores,
 )
@@ -124,3 +129,27 @@ def test_the_end_of_a_watched_process_is_a_stop() -> None:
         time.sleep(0.02)
     assert stop.requested
     watched.wait()
+
+
+def test_a_time_limit_leaves_room_for_a_save() -> None:
+    assert seconds_to_train(WorldConfig()) == math.inf
+    assert seconds_to_train(WorldConfig(time_limit_minutes=2, save_seconds=30)) == 90
+    stop = StopRequest()
+    stop.request_in(math.inf)
+    assert not stop.requested
+    stop.request_in(-1)
+    deadline = time.monotonic() + 10
+    while not stop.requested and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert stop.requested
+
+
+def test_a_command_is_as_old_as_the_torchrun_that_starts_its_ranks_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = command_age()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    parent = psutil.Process().parent()
+    assert parent is not None
+    assert command_age() == pytest.approx(time.time() - parent.create_time(), abs=1)
+    assert own == pytest.approx(time.time() - psutil.Process().create_time(), abs=1)
