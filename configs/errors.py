@@ -96,6 +96,12 @@ class ReplicaError(ShoalError):
     """Ranks that must hold the same weights do not: memory or a device has altered them."""
 
 
+class NotMetError(ShoalError):
+    """Ranks that are there did not find each other."""
+
+    exit_code = 4
+
+
 class HangError(ShoalError):
     """A rank made no progress for longer than any work takes."""
 

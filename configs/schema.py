@@ -288,6 +288,9 @@ class WorldConfig(Section):
     timeout_seconds: Count = Field(
         600, description="without progress for so long, a rank counts as hanging"
     )
+    start_seconds: Count = Field(
+        180, description="what the ranks of all hosts may take to find each other, once all run"
+    )
     launcher: Literal["ssh", "pdsh", "slurm", "none"] = Field(
         "ssh",
         description="what starts the ranks of other hosts; none: the commands are shown, to be "

@@ -7,8 +7,11 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from shoal.configs.errors import HangError, ShoalError, StoppedOnRequest
+from shoal.configs.errors import HangError, NotMetError, ShoalError, StoppedOnRequest
 from shoal.launcher.outcomes import Outcome
+
+WAITED = (HangError.__name__, NotMetError.__name__)
+"""What ranks say that waited for others in vain."""
 
 
 class Interrupted(ShoalError):
@@ -33,12 +36,13 @@ def raise_failure(ending: Ending, lost: ShoalError | None = None) -> None:
     """Raise what the job ended with; nothing if every rank finished its work.
 
     A deliberate error comes before the loss of a machine (`lost`), that before a rank that hangs or
-    was killed, and that before errors with a traceback: those of ranks that lost their peer.
+    was killed, and that before ranks that did not find others, and errors with a traceback: those
+    of ranks that lost their peer.
     """
     outcomes, exit_codes = ending.outcomes, ending.exit_codes
     failures = sorted(  # the earliest counts, as far as the machines' clocks agree
         (o for o in outcomes.values() if o.is_failure),
-        key=lambda o: (bool(o.trace), o.kind == HangError.__name__, o.ended),
+        key=lambda o: (bool(o.trace), o.kind in WAITED, o.kind == HangError.__name__, o.ended),
     )
     silent = [rank for rank in ending.ranks if rank not in outcomes]
     stops = [o for o in outcomes.values() if o.kind == StoppedOnRequest.__name__]
@@ -46,7 +50,7 @@ def raise_failure(ending: Ending, lost: ShoalError | None = None) -> None:
         raise stops[0].to_error()
     if ending.signal and (silent or failures or lost):
         raise interrupted(ending.signal)
-    if failures and not failures[0].trace and failures[0].kind != HangError.__name__:
+    if failures and not failures[0].trace and failures[0].kind not in WAITED:
         raise failures[0].to_error()
     if lost:
         raise lost
@@ -57,6 +61,8 @@ def raise_failure(ending: Ending, lost: ShoalError | None = None) -> None:
         code = exit_codes.get(rank, 0)
         if code < 0 and code != -signal.SIGTERM and rank not in ending.ended_by_us:
             raise _explain_silence(rank, code, ending)
+    if failures and failures[0].kind == NotMetError.__name__:
+        raise _explain_not_met(failures, ending)
     if failures or stops:
         raise (failures or stops)[0].to_error()
     if silent:  # the agent itself ends the peers of a failed rank, with SIGTERM
@@ -90,6 +96,15 @@ def _explain_hang(hung: Sequence[Outcome], silent: Sequence[int], ending: Ending
     if all(outcome.progress == least.progress for outcome in hung):
         least = replace(least, cause=f"every rank: {least.cause}")
     return least.to_error()
+
+
+def _explain_not_met(failures: Sequence[Outcome], ending: Ending) -> ShoalError:
+    """Return the error for ranks that did not find the others, with the machines of all of them."""
+    alone = [outcome for outcome in failures if outcome.kind == NotMetError.__name__]
+    hosts = dict.fromkeys(ending.hosts.get(outcome.rank, outcome.host) for outcome in alone)
+    error = alone[0].to_error()
+    error.where = f"{', '.join(hosts)}, at {error.where}"
+    return error
 
 
 def _explain_silence(rank: int, code: int | None, ending: Ending) -> ShoalError:

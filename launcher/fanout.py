@@ -18,13 +18,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shoal.configs.errors import HangError, ShoalError, StoppedOnRequest
+from shoal.configs.errors import HangError, NotMetError, ShoalError, StoppedOnRequest
 from shoal.configs.schema import WorldConfig
 from shoal.launcher.endings import Ending, raise_failure
 from shoal.launcher.guard import SILENCE_SECONDS, Task, unpack_ending
 from shoal.launcher.hosts import Host, is_local
 from shoal.launcher.lines import Callers, Line, ProcessLine
 from shoal.launcher.processes import HANG_GRACE_SECONDS
+from shoal.launcher.watchdog import WHY_NOT_MET
 
 BEAT_SECONDS = 5.0
 LOOK_SECONDS = 0.2
@@ -54,6 +55,8 @@ class Guard:
         self.port: int | None = None
         self.pid: int | None = None
         """Its process id on its machine; None until it has spoken."""
+        self.meeting = self.met = 0
+        """How many of its ranks look for the others, and have found them."""
         self.stopped_itself = False
         """Whether it ended its ranks because it did not hear from us."""
         self.asked_at: float | None = None
@@ -93,6 +96,8 @@ class Guard:
             self.pid = int(message["started"])
         elif "port" in message:
             self.port = int(message["port"])
+        elif "met" in message:
+            self.meeting, self.met = int(message["meeting"]), int(message["met"])
         elif "ending" in message:
             self.stopped_itself = bool(message.get("lost"))
             self.ending = unpack_ending(message["ending"])
@@ -209,8 +214,12 @@ class _Course:
         self.start_seconds = max(
             START_SECONDS, world.timeout_seconds if world.launcher == "none" else 0
         )
-        self.lost: list[HostLostError] = []
-        """For guards that hung up, or never spoke, before anything was killed: in order."""
+        self.meet_seconds = world.start_seconds
+        self.lost: list[ShoalError] = []
+        """For guards that hung up, or never spoke, before anything was killed, in order; or for
+        ranks that do not find each other.
+        """
+        self._meeting_since: float | None = None
         self._begun = time.monotonic()
         self._failed_at: float | None = None
         self._killed_at: float | None = None
@@ -262,6 +271,7 @@ class _Course:
         if moment - self._begun > self.start_seconds and self._failed_at is None:
             how = f"its guard said nothing for {self.start_seconds:.0f} s"
             self.lost += [guard.lost(how) for guard in self.guards if guard.pid is None]
+        self._watch_meeting(moment)
         if self._failed_at is None and (self.lost or any(map(_has_failed, self.guards))):
             self._failed_at = moment
         grace = HANG_GRACE_SECONDS if any(map(_has_hung, self.guards)) else GRACE_SECONDS
@@ -271,6 +281,22 @@ class _Course:
         if self._killed_at is None and (failed_long_ago or impatient):
             self._killed_at = moment
             self._tell("kill")
+
+    def _watch_meeting(self, moment: float) -> None:
+        """Give up ranks that all look for each other, and do not find each other in time."""
+        if self._meeting_since is None:
+            if all(guard.meeting == guard.task.ranks for guard in self.guards):
+                self._meeting_since = moment
+            return
+        late = [guard for guard in self.guards if guard.met < guard.task.ranks]
+        if late and not self.lost and moment - self._meeting_since > self.meet_seconds:
+            self.lost.append(
+                NotMetError(
+                    f"their ranks did not find all others within {self.meet_seconds} s",
+                    where=", ".join(guard.host.name for guard in late),
+                    fix=f"{WHY_NOT_MET}; on a slow network raise world.start_seconds",
+                )
+            )
 
     def _tell(self, line: str) -> None:
         for guard in self.guards:

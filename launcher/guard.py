@@ -2,9 +2,9 @@
 
 Runs as `python -m shoal.launcher.guard`, by ssh or beside the launcher, or calls it (`calls`), and
 speaks JSON lines: on standard input first a `Task`, then words (`port N`, `beat`, `stop`, `kill`);
-on the control descriptor that it has started, the port it offers (first machine only), a word for
-each beat, and how it ended. Whatever the ranks print goes to standard error, so that ssh keeps the
-two apart.
+on the control descriptor that it has started, the port it holds (first machine only), a word for
+each beat, how many of its ranks have met the others, then how it ended. Whatever the ranks print
+goes to standard error, so that ssh keeps the two apart.
 """
 
 from __future__ import annotations
@@ -24,17 +24,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from shoal.configs.errors import PreflightError
+from shoal.configs.errors import NotMetError, PreflightError
 from shoal.launcher.calls import Call
 from shoal.launcher.endings import Ending
 from shoal.launcher.hosts import is_loopback
 from shoal.launcher.inspection import answer, describe_installation
 from shoal.launcher.outcomes import Outcome, describe
-from shoal.launcher.processes import ALONE, INTERFACE_VARIABLES, Advice, Place, run_ranks
+from shoal.launcher.processes import (
+    ALONE,
+    INTERFACE_VARIABLES,
+    LOOPBACK,
+    Advice,
+    Place,
+    run_ranks,
+)
+from shoal.launcher.watchdog import WHY_NOT_MET
 from shoal.launcher.world import caught_signals
 
 SILENCE_SECONDS = 30.0
 """Without a word for so long, the launcher or the way to it is lost."""
+REACH_SECONDS = 20.0
+"""How long the first machine may take to answer another one."""
 AGENT_SECONDS = 5.0
 """What torchrun's agent gets to notice that its ranks were killed."""
 
@@ -182,12 +192,14 @@ def serve(
         if task.num_hosts > 1:
             interface = _chosen_interface() or find_interface(task.address)
             if task.host == 0:
-                say(port=_free_port())
+                store = _open_store(task.num_hosts, task.timeout)  # for as long as the agent runs
+                say(port=store.port)
             port = heard.await_port()
             if port is None:
                 none = Ending(ended_by_us=ranks, signal=caught[0] if caught else None)
                 say(ending=pack_ending(none), lost=heard.lost_at is not None)
                 return
+            _check_way(task.address, port)
             endpoint = f"{task.address}:{port}"
             place = Place(task.first_rank, task.host, task.num_hosts, endpoint, interface)
         ending = run_ranks(
@@ -198,6 +210,7 @@ def serve(
             timeout=task.timeout,
             advise=heard.advise,
             caught=caught,
+            tell_marks=lambda meeting, met: say(meeting=meeting, met=met),
         )
         say(ending=pack_ending(ending), lost=heard.lost_at is not None)
     except Exception as error:  # the other ranks, if there are any yet, die with this process
@@ -232,10 +245,40 @@ def unpack_ending(tree: dict[str, Any]) -> Ending:
     )
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+def _open_store(num_hosts: int, timeout: float) -> Any:
+    """Return the store the machines meet at, on a port that from now on nobody else can take.
+
+    torchrun's agent finds it by its port: stores of one process that share a port share a server.
+    """
+    from datetime import timedelta
+
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    return TCPStore(
+        LOOPBACK,
+        0,
+        num_hosts,
+        is_master=True,
+        timeout=timedelta(seconds=timeout),
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+
+
+def _check_way(address: str, port: int) -> None:
+    """Refuse to start ranks that could not reach the first machine.
+
+    Raises:
+        NotMetError: it does not answer where all are to meet.
+    """
+    try:
+        socket.create_connection((address, port), REACH_SECONDS).close()
+    except OSError as error:
+        raise NotMetError(
+            f"cannot reach {address}:{port}, where all ranks meet: {error}",
+            where=socket.gethostname(),
+            fix=WHY_NOT_MET,
+        ) from None
 
 
 def is_guard(pid: int) -> bool:

@@ -123,6 +123,16 @@ def report_hang(error: HangError, progress: int) -> None:
     _write_outcome(Path(os.environ[FOLDER_VARIABLE]), outcome)
 
 
+def report_mark(state: str) -> None:
+    """Leave word that this rank is `meeting` the others, or has `met` them."""
+    write_text(Path(os.environ[FOLDER_VARIABLE]) / f"rank-{os.environ['RANK']}.{state}", "")
+
+
+def count_marks(folder: Path) -> tuple[int, int]:
+    """Return how many ranks have looked for the others, and how many have found them."""
+    return len(list(folder.glob("rank-*.meeting"))), len(list(folder.glob("rank-*.met")))
+
+
 def _write_outcome(folder: Path, outcome: Outcome) -> None:
     write_text(folder / f"rank-{outcome.rank}.json", json.dumps(asdict(outcome)))
 

@@ -27,6 +27,7 @@ from shoal.launcher.endings import Ending, raise_failure
 from shoal.launcher.outcomes import (
     FOLDER_VARIABLE,
     PARENT_VARIABLE,
+    count_marks,
     read_outcomes,
     read_pids,
     scratch_folder,
@@ -119,6 +120,7 @@ def run_ranks(
     environment: Mapping[str, str] = {},
     advise: Callable[[], Advice] = lambda: "go",
     caught: Sequence[int] = (),
+    tell_marks: Callable[[int, int], None] = lambda meeting, met: None,
 ) -> Ending:
     """Run this machine's ranks of a job and return how they ended.
 
@@ -132,6 +134,7 @@ def run_ranks(
         environment: Further variables of the ranks.
         advise: Asked several times a second whether to go on, to stop (the ranks save), or to kill.
         caught: Grows with every signal that asks for a stop, see `caught_signals`.
+        tell_marks: Told how many ranks look for the others, and have found them, as that changes.
     """
     with scratch_folder() as outcomes, changed_environment(environment):
         device = check_devices(num_ranks)
@@ -147,7 +150,7 @@ def run_ranks(
                 added[name] = os.environ.get(name) or place.interface
         if device == "cpu":
             added["DS_ACCELERATOR"] = "cpu"
-        watcher = _Watcher(outcomes, advise, caught)
+        watcher = _Watcher(outcomes, advise, caught, tell_marks)
         with changed_environment(added, RANK_VARIABLES), watcher:
             exit_codes = _run_agent(num_ranks, place, [*command, *argv], outcomes, timeout)
         ranks = list(range(place.first_rank, place.first_rank + num_ranks))
@@ -227,9 +230,16 @@ def _quieten(*names: str) -> None:
 class _Watcher:
     """A thread that passes signals on to the ranks and ends them all when one has failed."""
 
-    def __init__(self, folder: Path, advise: Callable[[], Advice], caught: Sequence[int]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        advise: Callable[[], Advice],
+        caught: Sequence[int],
+        tell_marks: Callable[[int, int], None],
+    ) -> None:
         self.ended_by_us: set[int] = set()
         self._folder, self._advise, self._caught = folder, advise, caught
+        self._tell_marks, self._marks = tell_marks, (0, 0)
         self._stopped = False
         self._told: set[int] = set()
         self._ranks: dict[int, int] = {}  # rank -> pidfd: a process id alone may be reused
@@ -270,6 +280,9 @@ class _Watcher:
                         self._gone.add(rank)
                     else:
                         self._ranks[rank] = descriptor
+            if (marks := count_marks(self._folder)) != self._marks:
+                self._marks = marks
+                self._tell_marks(*marks)
             if self.asked_by:
                 self._send(signal.SIGTERM, self._ranks.keys() - self._told)
                 self._told |= self._ranks.keys()

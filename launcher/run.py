@@ -218,14 +218,14 @@ def launch(order: Order, watch: Sequence[int] = ()) -> None:
 
 def run_rank(order: Order) -> NoReturn:
     """Train as a rank that `launch` started: dies with it, and tells it how this ended."""
-    from shoal.launcher.outcomes import die_with_parent, report_hang, report_outcome
+    from shoal.launcher.outcomes import die_with_parent, report_hang, report_mark, report_outcome
     from shoal.launcher.watchdog import Watchdog
     from shoal.launcher.world import STOP_SIGNALS, StopRequest
 
     die_with_parent()
     stop = StopRequest()
     stop.install(STOP_SIGNALS)
-    _leave(report_outcome(lambda: _train(order, stop, Watchdog(report_hang))))
+    _leave(report_outcome(lambda: _train(order, stop, Watchdog(report_hang, report_mark))))
 
 
 def run_foreign_rank(order: Order) -> NoReturn:

@@ -13,6 +13,7 @@ from shoal.configs.errors import (
     ConfigError,
     DataError,
     NonFiniteLossError,
+    NotMetError,
     PreflightError,
     RetriesExhausted,
     ShoalError,
@@ -22,7 +23,7 @@ from shoal.configs.load import dump_config
 from shoal.configs.schema import RunConfig
 from shoal.launcher.check import check_before_start
 from shoal.launcher.endings import Interrupted, interrupted
-from shoal.launcher.fanout import AttemptEnd, run_attempt
+from shoal.launcher.fanout import AttemptEnd, HostLostError, run_attempt
 from shoal.launcher.greeting import find_reachable, is_guard_gone
 from shoal.launcher.guard import AGENT_SECONDS, SILENCE_SECONDS
 from shoal.launcher.hosts import Host, is_local
@@ -71,13 +72,28 @@ class _Job:
         watched: Sequence[int | None],
         caught: list[int],
     ) -> None:
-        self.hosts, self.config, self.world = hosts, config, config.world
+        self.hosts = self.all_hosts = hosts
+        self.config, self.world = config, config.world
         self.folder, self.way = run_folder(config), config.world.launcher
         self.watched, self.caught = watched, caught
         self._stop_at = time.monotonic() + seconds_to_train(self.world)
         self._is_late = False
 
     def run(self) -> None:
+        """Make attempts until one succeeds; a checkpoint set aside in vain gets its name back."""
+        try:
+            self._run()
+        except StoppedOnRequest:  # goes on from where it is
+            raise
+        except ShoalError:
+            checkpoints = self.folder / "checkpoints"
+            if any(checkpoints.glob(".suspect-*")):
+                from shoal.trainer.aside import put_back
+
+                put_back(checkpoints)
+            raise
+
+    def _run(self) -> None:
         attempts = self.world.max_restarts + 1
         check_before_start(self.hosts, self.config)
         self._heed_request()
@@ -91,14 +107,33 @@ class _Job:
             end.error.add_note(newest_checkpoint_note(self.folder))
             show_error(end.error)
             sign = self._sign(end.error)
-            if sign in seen:
+            if sign in seen and not self._go_back(end.error):
                 raise self._exhausted("the same failure twice, and no checkpoint in between")
-            seen.add(sign)
+            seen |= {sign, self._sign(end.error)}
             if attempt < attempts:
                 self._gather(end)
                 names = ", ".join(host.name for host in self.hosts)
                 self._say(f"attempt {attempt + 1} of {attempts}, on {names}")
         raise self._exhausted(f"{attempts} attempts failed")
+
+    def _go_back(self, error: ShoalError) -> bool:
+        """Set the newest checkpoint aside; return whether there is an older one to go on from.
+
+        Once, until training has got past it. Not for hosts that are lost or do not find each
+        other: that is none of its doing.
+        """
+        if isinstance(error, (HostLostError, NotMetError)):
+            return False
+        from shoal.trainer.aside import set_newest_aside
+
+        found = set_newest_aside(self.folder / "checkpoints")
+        if found is None:
+            return False
+        newest, older = found
+        self._say(
+            f"the same failure twice from {newest.name}: it is set aside, {older.name} is next"
+        )
+        return True
 
     def _sign(self, error: ShoalError) -> tuple[object, ...]:
         """Return what is equal for a failure that happens again without any progress."""
@@ -137,7 +172,7 @@ class _Job:
         return AttemptEnd(None)
 
     def _gather(self, end: AttemptEnd) -> None:
-        """Wait until nothing of the last attempt can be alive; keep the machines that answer."""
+        """Wait until nothing of the last attempt can be alive; find the machines that answer."""
         left = dict(end.cut_off)
         if left:
             self._say(f"waiting until nothing of this can run on {', '.join(left)} any more")
@@ -150,7 +185,9 @@ class _Job:
             time.sleep(1.0)
         self._heed_request()
         try:
-            self.hosts = find_reachable(self.hosts, self.way, self.world.min_hosts, self.folder)
+            # Of all: what was lost may have come back.
+            least = self.world.min_hosts
+            self.hosts = find_reachable(self.all_hosts, self.way, least, self.folder)
         finally:
             self._heed_request()
 

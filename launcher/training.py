@@ -48,7 +48,8 @@ def train(configs: Sequence[RunConfig], world: World) -> None:
         wait_for_corpus(config, world)
     device = world.device
     # Later than the watchdog, which says more.
-    start_process_group(device, configs[0].world.timeout_seconds + TIMEOUT_MARGIN)
+    with world.watchdog.meeting():
+        start_process_group(device, configs[0].world.timeout_seconds + TIMEOUT_MARGIN)
     try:
         with world.watchdog:
             for config in configs:

@@ -12,28 +12,57 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
-from shoal.configs.errors import HangError
+from shoal.configs.errors import HangError, NotMetError
 
 EXIT_CODE = 1
+WHY_NOT_MET = (
+    "let TCP through between the hosts on all ports above 1023 (a firewall drops it), or name the "
+    "interface that leads to the others: GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+)
 
 
 class Watchdog:
     """Watches from `with` to its end; every `touch` is progress."""
 
-    def __init__(self, report: Callable[[HangError, int], None] | None = None) -> None:
-        """Tell `report` of a hang: the error, and how often this rank made progress."""
+    def __init__(
+        self,
+        report: Callable[[HangError, int], None] | None = None,
+        mark: Callable[[str], None] = lambda state: None,
+    ) -> None:
+        """Tell `report` of a hang (the error, and how often this rank made progress), `mark` of
+        `meeting` and `met`, when this rank looks for the others and when it has found them.
+        """
         self.limit = float("inf")
         """Seconds without progress that are too long."""
-        self._report = report
+        self._report, self._mark = report, mark
         self._count, self._doing, self._touched = 0, "starting", time.monotonic()
         self._over = threading.Event()
 
     def touch(self, doing: str) -> None:
         """Note progress, and what comes now."""
         self._count, self._doing, self._touched = self._count + 1, doing, time.monotonic()
+
+    @contextmanager
+    def meeting(self) -> Iterator[None]:
+        """Find the other ranks.
+
+        Raises:
+            NotMetError: they could not be reached, or did not come in time.
+        """
+        self._mark("meeting")
+        try:
+            yield
+        except RuntimeError as error:  # of torch, in many words
+            where = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            why = str(error).strip().splitlines()[:1]
+            raise NotMetError(
+                f"the ranks did not find each other: {' '.join(why)}", where=where, fix=WHY_NOT_MET
+            ) from error
+        self._mark("met")
 
     def __enter__(self) -> Watchdog:
         self.touch(self._doing)

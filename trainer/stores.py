@@ -5,18 +5,17 @@ Every store has a local folder, in which a rank writes its part aside of trainin
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from shoal.configs.errors import PreflightError, ShoalError
+from shoal.trainer.aside import hold_folder, remove_suspects
 from shoal.trainer.checkpoint import (
     MANIFEST,
     Manifest,
@@ -28,7 +27,6 @@ from shoal.trainer.storage import sync, write_text
 from shoal.trainer.teamwork import LOOK_SECONDS, gather
 
 OWNER = ".owner"
-LOCK = ".lock"
 Word = dict[str, Any]
 
 
@@ -88,7 +86,7 @@ class SharedFolder:
         sync(aside / MANIFEST)
         sync(aside)
         final = self.root / checkpoint_name(manifest.step)
-        with self._hold_folder():
+        with hold_folder(self.root, self.timeout):
             if (self.root / OWNER).read_text(encoding="utf-8") != self.token:
                 raise ShoalError(
                     "another attempt of this run has taken over: this one publishes nothing more",
@@ -99,10 +97,11 @@ class SharedFolder:
             aside.rename(final)
             sync(self.root)
             remove_old(self.root, rule, manifest.step)
+            remove_suspects(self.root, manifest.step)
 
     def _take(self, token: str) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
-        with self._hold_folder():
+        with hold_folder(self.root, self.timeout):
             for leftover in self.root.glob(".partial-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             write_text(self.root / OWNER, token)
@@ -138,20 +137,3 @@ class SharedFolder:
         for name in names:
             (aside / name).unlink()
         return words
-
-    @contextmanager
-    def _hold_folder(self) -> Iterator[None]:
-        """Let one process at a time change which checkpoints there are."""
-        deadline = time.monotonic() + self.timeout
-        with (self.root / LOCK).open("w") as file:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise PreflightError(
-                            "another process has been changing it for too long", where=self.root
-                        ) from None
-                    time.sleep(LOOK_SECONDS)
-            yield

@@ -23,6 +23,7 @@ from shoal.configs.errors import (
     ConfigError,
     DataError,
     NonFiniteLossError,
+    NotMetError,
     PreflightError,
     RetriesExhausted,
     ShoalError,
@@ -30,6 +31,7 @@ from shoal.configs.errors import (
 )
 from shoal.configs.schema import DataConfig, RunConfig, Stream, TrainConfig, WorldConfig
 from shoal.launcher import fanout, supervision
+from shoal.launcher import guard as guard_module
 from shoal.launcher.calls import Call, Switchboard
 from shoal.launcher.commands import Way, guard_command
 from shoal.launcher.endings import Interrupted
@@ -243,6 +245,39 @@ def test_a_guard_that_stands_still_is_given_up(
     assert not list(guards())
 
 
+def test_hosts_whose_ranks_do_not_find_the_others_are_named(
+    stage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE", "apart")
+    world = WorldConfig(start_seconds=2)
+    hosts = (HERE, THERE, Host("farther.invalid", 1))
+    end = run_attempt(hosts, [str(stage / "run.yaml")], world, stage, [], lambda: False)
+    assert type(end.error) is NotMetError
+    assert end.error.where == THERE.name
+    assert "did not find all others within 2 s" in end.error.cause
+    assert "firewall" in (end.error.fix or "")
+
+
+def test_the_port_where_hosts_meet_is_held_before_it_is_told() -> None:
+    store = guard_module._open_store(2, 10)
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("", store.port))
+    guard_module._check_way("127.0.0.1", store.port)
+    from torch.distributed import TCPStore
+
+    agent = TCPStore("127.0.0.1", store.port, 1, is_master=True, multi_tenant=True)
+    agent.set("key", "value")
+    assert store.get("key") == b"value", "torchrun's agent finds the same one"
+
+
+def test_a_first_machine_that_cannot_be_reached_is_named() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # and nobody listens
+        with pytest.raises(NotMetError, match=r"cannot reach 127\.0\.0\.1:.*refused") as caught:
+            guard_module._check_way("127.0.0.1", free.getsockname()[1])
+    assert caught.value.where == socket.gethostname()
+
+
 def test_an_error_of_a_guard_comes_with_its_machine(
     stage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,6 +344,7 @@ class Job:
         self.ends: list[tuple[ShoalError | None, dict[str, int | None]]] = []
         self.hosts: list[list[str]] = []
         self.answering: set[str] | None = None
+        self.before: Callable[[], object] = lambda: None
         monkeypatch.setattr(supervision, "run_attempt", self._attempt)
         monkeypatch.setattr(supervision, "find_reachable", self._find)
         monkeypatch.setattr(supervision, "check_before_start", lambda *_: None)
@@ -318,6 +354,7 @@ class Job:
         supervision.supervise([Host(name, 1) for name in names], self.config)
 
     def _attempt(self, hosts: Sequence[Host], *_: object) -> AttemptEnd:
+        self.before()
         self.hosts.append([host.name for host in hosts])
         return AttemptEnd(*self.ends.pop(0))
 
@@ -342,6 +379,67 @@ def test_hosts_lost_one_after_the_other_are_progress(job: Job) -> None:
         ["n1.invalid", "n2.invalid", "n3.invalid"],
         ["n1.invalid", "n2.invalid"],
     ]
+
+
+def test_a_host_that_is_back_is_taken_back_in_its_place(job: Job) -> None:
+    job.config = job.config.model_copy(update={"world": WorldConfig(max_restarts=3)})
+    job.ends = [(lost("n1.invalid"), {}), (lost("x"), {}), (None, {})]
+    answers = [{"n2.invalid", "n3.invalid"}, {"n1.invalid", "n2.invalid", "n3.invalid"}]
+    job.before = lambda: setattr(job, "answering", answers.pop(0) if answers else None)
+    job.run("n1.invalid", "n2.invalid", "n3.invalid")
+    assert job.hosts == [
+        ["n1.invalid", "n2.invalid", "n3.invalid"],
+        ["n2.invalid", "n3.invalid"],
+        ["n1.invalid", "n2.invalid", "n3.invalid"],
+    ]
+
+
+def checkpoints(job: Job) -> list[str]:
+    root = Path(job.config.output) / job.config.name / "checkpoints"
+    return sorted(path.name for path in root.glob("*step-*"))
+
+
+def save(job: Job, *steps: int) -> None:
+    for step in steps:
+        folder = Path(job.config.output) / job.config.name / f"checkpoints/step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+
+
+def test_what_fails_twice_from_a_checkpoint_goes_on_from_the_one_before(
+    job: Job, capfd: pytest.CaptureFixture[str]
+) -> None:
+    save(job, 40, 50)
+    seen: list[list[str]] = []
+    job.before = lambda: seen.append(checkpoints(job))
+    job.ends = [(ShoalError("killed"), {}), (ShoalError("killed"), {}), (None, {})]
+    job.run("n1.invalid")
+    assert seen[1:] == [["step-00000040", "step-00000050"], [".suspect-step-00000050", seen[0][0]]]
+    assert "step-00000050: it is set aside, step-00000040 is next" in capfd.readouterr().err
+    job.ends = [(ShoalError("killed"), {}), (ShoalError("killed"), {})]
+    with pytest.raises(RetriesExhausted, match="the same failure twice"):
+        job.run("n1.invalid")
+    assert checkpoints(job) == ["step-00000040", "step-00000050"], "that was not the reason"
+
+
+@pytest.mark.parametrize("saved", [(), (50,)])
+def test_a_run_never_begins_anew_by_itself(saved: tuple[int, ...], job: Job) -> None:
+    save(job, *saved)
+    job.ends = [(ShoalError("killed"), {}), (ShoalError("killed"), {})]
+    with pytest.raises(RetriesExhausted, match="the same failure twice"):
+        job.run("n1.invalid")
+    assert checkpoints(job) == [f"step-{step:08d}" for step in saved]
+
+
+@pytest.mark.parametrize("error", [HostLostError("gone", where="n2"), NotMetError("apart")])
+def test_a_checkpoint_is_not_suspected_for_what_the_network_does(
+    error: ShoalError, job: Job
+) -> None:
+    save(job, 40, 50)
+    job.ends = [(error, {}), (error, {})]
+    with pytest.raises(RetriesExhausted):
+        job.run("n1.invalid", "n2.invalid")
+    assert checkpoints(job) == ["step-00000040", "step-00000050"]
 
 
 def test_the_same_failure_twice_ends_the_job(job: Job, capfd: pytest.CaptureFixture[str]) -> None:

@@ -193,6 +193,8 @@ def test_too_little_room_is_found_before_a_save(tmp_path, monkeypatch):
     assert answer["error"][0] == PreflightError.__name__ and "free some space" in answer["error"][1]
     assert steps_on_disk(tmp_path / "run") == [2], "what was being written then is there"
     assert list(answer["rows"]) == [0, 1, 2, 3], "before the fourth step, which would be saved"
+
+
 @pytest.mark.parametrize(
     ("given", "named"),
     [
