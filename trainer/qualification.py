@@ -17,12 +17,13 @@ from shoal.configs.errors import ShoalError
 from shoal.configs.schema import KernelConfig, ModelConfig, TrainConfig
 from shoal.data_pipeline.batch import Batch
 from shoal.kernels.backend import resolve
-from shoal.trainer.checkpoint import load_checkpoint, newest_checkpoint
+from shoal.trainer.checkpoint import newest_checkpoint
 from shoal.trainer.engine import Engine
 from shoal.trainer.model import Transformer
 from shoal.trainer.objective import Objective
 from shoal.trainer.plain import OPTIM, Case, train_plain, train_sharded
 from shoal.trainer.probe import time_all_reduce
+from shoal.trainer.resumption import load_checkpoint
 from shoal.trainer.saver import save_checkpoint
 
 LIMITS = {
