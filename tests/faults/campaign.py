@@ -96,8 +96,7 @@ class Campaign:
                 folder = self.folder / f"reference-{len(self._references)}"
                 job = Job(folder, [ranks], run=make_run(needs or {}), corpus=self.corpus)
                 if skipped is not None:
-                    plan = {"kind": "skip", "step": skipped}
-                    (folder / "plan.json").write_text(json.dumps(plan))
+                    job.set_plan(kind="skip", step=skipped)
                 job.start()
                 if code := job.wait():
                     raise RuntimeError(f"the undisturbed run ended with {code}:\n{job.output()}")
@@ -140,7 +139,7 @@ class Campaign:
             trial.place = f"{'+'.join(map(str, layout))} at {job.home.name}"
         if fault.plan:
             trial.plan = fault.plan(draw, sum(layout))
-            (folder / "plan.json").write_text(json.dumps(trial.plan))
+            job.set_plan(**trial.plan)
         return job
 
     def _run(self, job: Job, fault: Fault, draw: random.Random, trial: Trial) -> None:

@@ -79,6 +79,10 @@ class Job:
         if corpus:
             (folder / "data").symlink_to(corpus)
 
+    def set_plan(self, **plan: Any) -> None:
+        """Say what is to happen inside its ranks, see `injected`."""
+        (self.folder / "plan.json").write_text(json.dumps(plan))
+
     def start(self, *words: str, program: Sequence[str] = PYTHON, hostfile: bool = True) -> None:
         """Start it; it goes on where it was."""
         command = [*program, *(["--hostfile", "hosts"] if hostfile else []), "run.yaml", *words]

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.faults.job import PYTHON, RUN, RUN_PY, STEPS, Job
+from tests.faults.job import PYTHON, RUN, RUN_PY, Job
 from tests.faults.judgement import check_same
 from tests.faults.lab import LabHost, Unavailable, open_lab
 
@@ -25,7 +25,9 @@ OURS = (DEEPSPEED, RUN_PY)
 """With the hostfile behind it: DeepSpeed starts a launcher of ours."""
 THEIRS = (DEEPSPEED, "--hostfile", "hosts", RUN_PY)
 """In the orthodox order: DeepSpeed starts the ranks."""
-LEG_STEPS = 12
+LEG_STEPS = 3
+PACE = 0.15
+"""Seconds that a step takes at least: it takes some until a signal has reached all ranks."""
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Job:
 def relay(lab: list[LabHost], undisturbed: Job, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """One run, which every leg goes on with."""
     folder = tmp_path_factory.mktemp("relay") / "job"
-    return Job(folder, [1, 1, 1], lab, corpus=undisturbed.folder / "data")
+    job = Job(folder, [1, 1, 1], lab, corpus=undisturbed.folder / "data")
+    job.set_plan(kind=None, pace=PACE)
+    return job
 
 
 def make_job(
@@ -158,6 +162,7 @@ def test_every_command_goes_on_with_the_run_and_a_stop_leaves_nothing_behind(
 
 def test_a_run_of_many_hands_is_the_run_of_one(relay: Job, undisturbed: Job) -> None:
     (relay.folder / "hosts").write_text("n1 slots=2\nn2 slots=1\n")
+    relay.set_plan(kind=None)
     relay.start()
     assert relay.wait() == 0, relay.output()
     check_same(relay, undisturbed)
@@ -185,6 +190,7 @@ def test_what_is_killed_hangs_or_is_cut_off_ends_an_attempt_and_not_the_job(
     lab: list[LabHost], undisturbed: Job, tmp_path: Path
 ) -> None:
     job = make_job(tmp_path, lab, undisturbed)
+    job.set_plan(kind=None, pace=PACE / 3)
     job.start("world.max_restarts=5")
     n2 = job.hosts[1]
     faults: dict[str, tuple[Callable[[], None], int]] = {
@@ -258,6 +264,3 @@ def test_a_run_folder_that_is_not_shared_is_named(
     job.start("output=/run")  # a file system of each host's own
     assert job.wait() == 4, job.output()
     assert f"n2: does not share the run folder /run/{RUN['name']}" in job.output()
-
-
-assert len(LEGS) * LEG_STEPS < STEPS

@@ -1,7 +1,8 @@
 """First on the import path of a job under trial: writes down what its ranks read, and disturbs one.
 
 Every rank notes the rows of each step it has taken or left out, in `rows/` of the job's folder.
-`plan.json` there says what is to befall which rank at which step. The job itself knows nothing.
+`plan.json` there says what is to befall which rank at which step, and how slow the steps are to be.
+The job itself knows nothing.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ def watch_engine(module: ModuleType) -> None:
         rows = [row for batch in batches for row in batch.row_ids.tolist() if row >= 0]
         line = json.dumps({"step": Step.number, "rows": rows, "taken": result.taken})
         os.write(book, line.encode() + b"\n")  # at once: what is killed after it has done it
+        time.sleep(plan.get("pace", 0.0))
         return result
 
     module.Engine.train_step = train_step
