@@ -86,10 +86,9 @@ def measure(scale: Scale, device: Any, folder: Path) -> Iterator[Claim]:
     setup = {"parameters": parameters, "device": device.type, "precision": "bf16", "ranks": 1}
 
     def stall() -> float:
-        compared = time_call(loop.engine.compare_replicas)
         seconds = saver.begin(loop.engine, next(numbers), {}, {})
         saver.wait()
-        return compared + seconds
+        return seconds
 
     def peers() -> Iterator[tuple[str, Any, Target]]:
         yield "a clone of its slices", lambda: time_clone(loop), Target("<=", 1.3)
@@ -139,12 +138,17 @@ def time_deepspeed(loop: EngineLoop, folder: Path) -> float:
 
 
 def time_stretch(loop: EngineLoop, steps: int, saver: Saver | None, number: int) -> float:
-    """Train so many steps, in the middle of which a save begins; it ends within them."""
+    """Train so many steps, in the middle of which a save begins; it ends within them.
+
+    As in a run, replicas are compared in the step after it.
+    """
     begun = time.perf_counter()
     for step in range(steps):
         if saver and step == steps // 4:
-            saver.begin(loop.engine, number, {}, {})
+            saver.begin(loop.engine, number, {}, {}, sound=False)
         loop.step()
+        if saver and saver.awaits_word:
+            saver.vouch(sound=not loop.engine.compare_replicas())
     if saver:
         saver.wait()
     return time.perf_counter() - begun

@@ -240,6 +240,16 @@ class CheckpointConfig(Section):
 
     every_steps: Count = 200
     keep: Count = Field(2, description="newest checkpoints kept")
+    folder: str | None = Field(
+        None,
+        description="object storage, such as s3://bucket/prefix; None: the run's folder",
+        pattern=r"^[a-z0-9+.-]+://.+",
+    )
+    copies: Literal["shared", "first", "every"] = Field(
+        "shared",
+        description="shared: all hosts see the run's folder; else each has a disk of its own, and "
+        "the first, or every one of them, gets the whole checkpoint",
+    )
     milestone_every: Count | None = Field(
         None, description="those of every so many steps are kept for good"
     )
@@ -254,12 +264,18 @@ class CheckpointConfig(Section):
     )
     compare_every: Count = Field(
         100,
-        description="steps between two comparisons of what every rank must hold alike; before "
-        "every checkpoint there is one, too",
+        description="steps between two comparisons of what every rank must hold alike; after "
+        "every checkpoint there is one, too, and without it there is no checkpoint",
     )
     allow_changes: tuple[str, ...] = Field(
         (), description="keys that may differ from the checkpoint's, for example optim.lr"
     )
+
+    @model_validator(mode="after")
+    def _one_place(self) -> CheckpointConfig:
+        if self.folder and self.copies != "shared":
+            raise ValueError(f"folder {self.folder} is one place for all hosts; leave copies out")
+        return self
 
     @model_validator(mode="after")
     def _milestones_are_saved(self) -> CheckpointConfig:

@@ -47,10 +47,17 @@ def check_may_begin(config: RunConfig) -> None:
     Raises:
         ConfigError: checkpoint.resume is `never` and there is a checkpoint.
     """
+    from shoal.trainer.bucket import list_published
     from shoal.trainer.checkpoint import list_checkpoints
 
-    root = run_folder(config) / "checkpoints"
-    if config.checkpoint.resume == "never" and list_checkpoints(root):
+    if config.checkpoint.resume != "never":
+        return
+    root: object = run_folder(config) / "checkpoints"
+    held: list[object] = [*list_checkpoints(run_folder(config) / "checkpoints")]
+    if config.checkpoint.folder:
+        root = f"{config.checkpoint.folder.rstrip('/')}/{config.name}"
+        held += list_published(str(root))
+    if held:
         raise ConfigError(
             "there are checkpoints, and checkpoint.resume=never",
             where=root,

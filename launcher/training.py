@@ -135,6 +135,8 @@ def needed_bytes(folder: Path, config: RunConfig) -> int:
     milestones = config.steps // rule.milestone_every if rule.milestone_every else 0
     # The newest lies beside those kept until it is whole.
     most = min(rule.keep + milestones + rule.keep_best + 1, len(done) + saves)
+    if rule.folder:  # here are only parts on their way there, and the one that was gone on from
+        most = min(most, 2)
     return max(0, BYTES_PER_PARAMETER * count_parameters(config.model).total * most - written)
 
 

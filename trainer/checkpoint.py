@@ -107,11 +107,17 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        return parse_manifest(path.read_bytes(), path)
     except FileNotFoundError:
         raise DataError("not a Shoal checkpoint: no manifest.json", where=folder) from None
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", where=path) from None
+
+
+def parse_manifest(data: bytes, path: object) -> Manifest:
+    """Check the content of a manifest that was read from `path`, as `read_manifest` does."""
+    try:
+        tree = json.loads(data.decode("utf-8"))
     except UnicodeDecodeError:
         raise DataError("not a Shoal checkpoint manifest: not UTF-8", where=path) from None
     except ValueError as error:

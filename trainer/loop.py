@@ -16,15 +16,14 @@ from shoal.configs.schema import RunConfig
 from shoal.data_pipeline.batch import Batch
 from shoal.trainer.anomaly import AnomalyDetector
 from shoal.trainer.booking import Booking
-from shoal.trainer.checkpoint import Retention
+from shoal.trainer.checkpoint import Retention, checkpoint_name
 from shoal.trainer.engine import Engine
 from shoal.trainer.identity import check_same_inputs, check_same_run
 from shoal.trainer.metrics import Metrics
 from shoal.trainer.optim import learning_rate
-from shoal.trainer.resumption import find_checkpoint, load_checkpoint
+from shoal.trainer.resumption import find_checkpoint, load_checkpoint, open_store
 from shoal.trainer.saver import Saver
 from shoal.trainer.segment import BatchSource, RunFacts, Validation
-from shoal.trainer.stores import SharedFolder
 from shoal.trainer.teamwork import raise_together
 
 
@@ -82,7 +81,7 @@ class _Training:
         kept = config.checkpoint
         self.saver = Saver(
             # Before the watchdog, which knows less.
-            SharedFolder(self.checkpoints, config.world.timeout_seconds / 2),
+            open_store(config, self.checkpoints, config.world.timeout_seconds / 2),
             Retention(kept.keep, kept.milestone_every, kept.keep_best),
             device=engine.device,
         )
@@ -122,6 +121,7 @@ class _Training:
                     self.loss = loss = self._validate(self.validation)
                 self._save_if_due(last)
             self._settle()
+            self.saver.store.close(checkpoint_name(self.step), self.progress)
         except BaseException:
             self.saver.leave()
             raise
@@ -141,7 +141,7 @@ class _Training:
         """Load the newest checkpoint every rank agrees on; False where there is none."""
         warn = print if self.facts.rank == 0 else lambda text: None
         found = find_checkpoint(
-            self.checkpoints,
+            self.saver.store,
             self.config.checkpoint.resume,
             warn,
             self.progress,
@@ -223,7 +223,7 @@ class _Training:
     def _save_if_due(self, last: bool) -> None:
         """Save at every so many steps, and after the last one; compare what must be alike.
 
-        That is compared once more in the step after a save: it is published if all is well then.
+        That is compared in the step after a save, too, which is published if all is well then.
 
         While steps cannot be taken the weights may be what is wrong: a save waits for the next
         step that can, and after the last one for a look at them.
@@ -310,7 +310,7 @@ class _Training:
 
     def _save(self) -> None:
         self.progress(f"saving step {self.step}")
-        self._compare_replicas()
+        self._vouch()
         seconds = self.saver.begin(
             self.engine,
             self.step,

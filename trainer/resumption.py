@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from shoal.configs.errors import DataError
+from shoal.configs.schema import RunConfig
+from shoal.trainer.bucket import Bucket
 from shoal.trainer.checkpoint import (
     Manifest,
     TensorReader,
@@ -17,14 +19,31 @@ from shoal.trainer.checkpoint import (
     read_manifest,
     verify_file,
 )
+from shoal.trainer.disks import OwnDisks
 from shoal.trainer.engine import Engine
+from shoal.trainer.stores import SharedFolder
 from shoal.trainer.teamwork import CPU, Progress, Tick, do_together, gather
 
 Found = tuple[Path, Manifest]
 
 
+def open_store(config: RunConfig, root: Path, timeout: float) -> SharedFolder:
+    """Return where a run's checkpoints go, as its config says; collective.
+
+    Args:
+        config: Of the run.
+        root: Local folder of its checkpoints.
+        timeout: Seconds to wait for other ranks' files.
+    """
+    if config.checkpoint.folder:
+        return Bucket(f"{config.checkpoint.folder.rstrip('/')}/{config.name}", root, timeout)
+    if config.checkpoint.copies != "shared":
+        return OwnDisks(root, timeout, every=config.checkpoint.copies == "every")
+    return SharedFolder(root, timeout)
+
+
 def find_checkpoint(
-    root: Path,
+    store: SharedFolder,
     resume: str = "auto",
     warn: Callable[[str], object] = lambda text: None,
     progress: Progress = lambda doing: None,
@@ -32,11 +51,11 @@ def find_checkpoint(
 ) -> Found | None:
     """Return the checkpoint that a run goes on from, verified, or None for a fresh start.
 
-    Collective: rank 0 lists them, and every rank hashes a share of the files. A damaged one is
-    passed over.
+    Collective: ranks that see one folder share the hashing of its files. What is damaged or not
+    there is brought from where it is sound, if the store can, or else passed over.
 
     Args:
-        root: Folder of the run's own checkpoints.
+        store: Of the run's own checkpoints.
         resume: `auto`, `never` (which its caller has made sure of), or a run or checkpoint.
         warn: Told of each that is passed over.
         progress: Of the watchdog.
@@ -46,39 +65,53 @@ def find_checkpoint(
         DataError: all are damaged, or there is none where `resume` points; on all ranks.
     """
 
-    def list_on_first(tick: Tick) -> list[Path]:
-        return list_candidates(root, resume) if dist.get_rank() == 0 else []
+    def list_names(tick: Tick) -> list[str]:
+        return store.list_names()
 
-    listed = do_together(list_on_first, "looking for checkpoints", progress, device)
+    listed = do_together(list_names, "looking for checkpoints", progress, device)
+    own = sorted(set().union(*gather(listed)), reverse=True)
+    folders = [store.root / name for name in own]
+    if not own and resume not in ("auto", "never"):
+        folders = do_together(lambda tick: list_candidates(store.root, resume), "looking", progress)
     problems = []
-    for folder in gather(listed)[0]:
-        manifest, problem = _verify_together(folder, progress, device)
+    for folder in folders:
+        manifest, problem = _verify_together(store, folder, bool(own), progress, device)
         if problem is None and manifest:
             return folder, manifest
         problems.append(str(problem))
         warn(f"checkpoint passed over: {problem}")
     if problems:
-        raise none_is_whole(root, problems)
+        raise none_is_whole(store.root, problems)
     return None
 
 
 def _verify_together(
-    folder: Path, progress: Progress, device: torch.device
+    store: SharedFolder, folder: Path, own: bool, progress: Progress, device: torch.device
 ) -> tuple[Manifest | None, DataError | None]:
-    """Return the manifest, and what the first rank that found fault found."""
+    """Return the manifest, and what is wrong with the checkpoint after all."""
 
     def verify_share(tick: Tick) -> tuple[Manifest | None, DataError | None]:
         try:
             manifest = read_manifest(folder)
-            share = sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()]
-            for name in share:
+            seat = store.neighbours.index(store.rank)
+            for name in sorted(manifest.files)[seat :: len(store.neighbours)]:
                 verify_file(folder / name, manifest.files[name], tick)
         except DataError as error:
             return None, error
         return manifest, None
 
-    manifest, own = do_together(verify_share, f"verifying {folder.name}", progress, device)
-    return manifest, next((found for found in gather(own) if found), None)
+    for attempt in range(2):
+        manifest, problem = do_together(verify_share, f"verifying {folder.name}", progress, device)
+        found = gather(problem)
+        first = next((problem for problem in found if problem), None)
+        if first is None or attempt or not own:
+            break
+        places = set(store.places)
+        sound = places - {store.places[rank] for rank, problem in enumerate(found) if problem}
+        mend = partial(store.mend, folder.name, sorted(sound))
+        if not do_together(mend, f"bringing {folder.name}", progress, device):
+            break
+    return manifest, first
 
 
 def load_checkpoint(

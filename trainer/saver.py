@@ -115,7 +115,7 @@ class Saver:
         begun = time.perf_counter()
         kept: dict[str, Tensor] = {}
         index: dict[str, dict[str, dict[str, Any]]] = {}
-        file = f"rank-{self.store.rank:05d}.safetensors"
+        file = self.store.file_name
         for name, state, offset, values in engine.read_slices():
             key = f"{state}/{name}"
             kept[key] = values.detach().to("cpu", torch.float32, copy=True).flatten()
@@ -215,14 +215,12 @@ class Saver:
             self._error = known or error
 
     def _write_aside(self, part: _Part, aside: Path) -> None:
-        from safetensors.torch import save_file
-
-        aside.mkdir(exist_ok=True)
-        save_file(part.kept, aside / part.file)
-        sync(aside / part.file)
-        size = (aside / part.file).stat().st_size
-        facts = {"bytes": size, "sha256": digest(aside / part.file)}
-        word = {"files": {part.file: facts}, "tensors": part.index}
+        try:
+            word = _write_file(part, aside)
+        except BaseException:
+            (aside / part.file).unlink(missing_ok=True)  # there may be no room for a word else
+            self.store.give_up(aside)
+            raise
         words = self.store.hand_in(aside, part.file, word, lambda: not self._left)
         if words is None:
             return
@@ -232,6 +230,18 @@ class Saver:
             self.store.publish(aside, manifest, self.rule)
         else:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_file(part: _Part, aside: Path) -> Word:
+    """Write this rank's file; return what the manifest has to say of it."""
+    from safetensors.torch import save_file
+
+    file = aside / part.file
+    aside.mkdir(exist_ok=True)
+    save_file(part.kept, file)
+    sync(file)
+    facts = {"bytes": file.stat().st_size, "sha256": digest(file)}
+    return {"files": {part.file: facts}, "tensors": part.index}
 
 
 def count_bytes(engine: Engine) -> int:

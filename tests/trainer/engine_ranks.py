@@ -413,6 +413,8 @@ def run_config(case: dict[str, Any]) -> RunConfig:
                 "resume": case.get("resume", "auto"),
                 "compare_every": case.get("compare_every", 100),
                 "milestone_every": case.get("milestone_every"),
+                "folder": case.get("bucket"),
+                "copies": case.get("copies", "shared"),
                 "keep_best": case.get("keep_best", False),
                 "allow_changes": case.get("allow_changes", []),
             },
@@ -424,6 +426,9 @@ def run_config(case: dict[str, Any]) -> RunConfig:
 def run_loop(case: dict[str, Any], **more: Any) -> dict[str, Any]:
     """Run the training loop; with `stop_after`, a stop is requested after so many of its steps."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
+    os.environ |= case.get("environment", {})
+    if "disks" in case:  # as many as that, dealt to the ranks; none sees another's
+        case = case | {"folder": str(Path(case["folder"]) / f"disk-{rank % case['disks']}" / "run")}
     config = run_config(case)
     engine = more.pop("engine", None) or build_engine({**case, "seed": config.seed}, ranks)
 
