@@ -70,7 +70,7 @@ def check_cluster(
         if isinstance(answer, Finding):
             findings.append(answer)
         else:
-            alone = len(hosts) == 1 and is_local(host.name)
+            alone = len(hosts) == 1
             findings += judge_host(host, answer, known[0], config, quick=quick, alone=alone)
     if probe and not quick and all(finding.is_good for finding in findings):
         findings.append(_probe(config, hosts))
@@ -103,8 +103,8 @@ def check_before_start(hosts: Sequence[Host], config: RunConfig) -> None:
     bad = [one for one in check_cluster(config, hosts, quick=True) if not one.is_good]
     if not bad:
         return
-    first, others = bad[0], list(dict.fromkeys(one.host for one in bad[1:]))
-    more = f" (also: {', '.join(others)}; `shoal check` tells all)" if others else ""
+    first, others = bad[0], dict.fromkeys(one.host for one in bad[1:] if one.host != bad[0].host)
+    more = f" ({len(others)} more: {', '.join(others)})" if others else ""
     kind = DataError if first.check == "shards" else PreflightError
     raise kind(first.text + more, where=first.host, fix=first.fix)
 

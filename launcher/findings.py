@@ -42,7 +42,7 @@ def judge_host(
         first: What the first one says.
         config: The run that is planned.
         quick: Only what was looked at before a start, and only what would stop it.
-        alone: Whether it is the whole job, and this machine.
+        alone: Whether it is the whole job: its ranks meet on its own loopback.
     """
     limit = START_CLOCK_SECONDS if quick else CLOCK_SECONDS
     verdicts: dict[str, Verdict] = {
@@ -59,8 +59,9 @@ def judge_host(
         verdicts["driver"] = _judge_driver(facts["driver"])
         several_gpus = host.slots > 1 and facts["devices"]["count"] > 1
         verdicts["shared memory"] = _weigh_shared_memory(facts["shared_memory"], several_gpus)
-        if not alone and facts["interface"]:
-            verdicts["network"] = _judge_way(facts["interface"])
+        if not alone:
+            tried = config.world.launcher != "none"
+            verdicts["network"] = _judge_way(facts["interface"], tried)
     found = [
         Finding(host.name, check, problem is None, problem or text, (problem or None) and fix)
         for check, (problem, text, fix) in verdicts.items()
@@ -193,8 +194,11 @@ def _weigh_shared_memory(memory: dict[str, int], several_gpus: bool) -> Verdict:
     return text if small else None, text, "give the container more: docker run --shm-size=8g"
 
 
-def _judge_way(way: Facts) -> Verdict:
+def _judge_way(way: Facts, tried: bool) -> Verdict:
+    """Judge the way to the first host, where it has opened a port if that was tried."""
     text = f"over {way.get('name')}"
     if "port" in way:
         text += f", reaches the first host on port {way['port']}"
+    elif tried and "error" not in way:
+        return "the first host has opened no port to try", "", "see what is said of that host"
     return way.get("error"), text, way.get("fix") or OPEN_PORTS

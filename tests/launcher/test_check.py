@@ -161,6 +161,12 @@ def test_a_host_that_hangs_holds_nobody(
     assert all("did not answer within 3 s" in finding.text for finding in hung)
 
 
+def test_a_job_of_one_other_host_needs_no_way_to_it(stage: Path, config: RunConfig) -> None:
+    findings = check_cluster(config, [THERE], probe=False)
+    assert not bad(findings)
+    assert "network" not in found(findings, THERE.name)
+
+
 # The first machine listens.
 
 
@@ -203,8 +209,9 @@ BAD: dict[str, tuple[str, Any, str]] = {
     "shards: other": ("identity", "1234", "other rows: 1234, on the first host"),
     "driver": ("driver", {"version": "580", "problems": ["GPU 3: 1 ECC"], "remarks": []}, "GPU 3"),
     "network": ("interface", {"error": "cannot reach n1", "fix": "name it"}, "cannot reach n1"),
+    "network: silent": ("interface", {"name": "eth0"}, "has opened no port"),
 }
-QUICK = set(BAD) - {"driver", "network"}
+QUICK = set(BAD) - {"driver", "network", "network: silent"}
 
 
 def make_answers(config: RunConfig, name: str) -> dict[str, Any]:
@@ -215,7 +222,7 @@ def make_answers(config: RunConfig, name: str) -> dict[str, Any]:
     sound["shards"] = {"s": {"is_there": True, "problem": None, "identity": "56", "read": "all"}}
     expected = config_hash(config)
     sound |= {
-        "interface": {"name": "eth0"}, "seconds": 1.0, "skew": 0.0, "leftovers": [],
+        "interface": {"name": "eth0", "port": "5"}, "seconds": 1.0, "skew": 0.0, "leftovers": [],
         "shares": True, "marked": True, "expected_config": expected, "config": expected,
         "devices": NO_GPU, "driver": None,
     }  # fmt: skip
