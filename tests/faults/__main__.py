@@ -57,7 +57,7 @@ def main() -> int:
         with ThreadPoolExecutor(given.jobs) as pool:
             list(pool.map(lambda words: attempt(*words), chosen))
     trials = [done[number] for number in sorted(done)]
-    text = render(trials, given.seed, _notes(given.report))
+    text = render(trials, given.seed, given.count, _notes(given.report))
     if given.report:
         given.report.write_text(text)
     else:

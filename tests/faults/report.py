@@ -12,18 +12,19 @@ from importlib import metadata
 from tests.faults.campaign import Trial
 
 
-def render(trials: Sequence[Trial], seed: int, notes: str = "") -> str:
-    """Return it as Markdown; `notes` says what was found and mended."""
+def render(trials: Sequence[Trial], seed: int, count: int, notes: str = "") -> str:
+    """Return it as Markdown: of those tried so far out of `count`; `notes` says what was found."""
     failed = [trial for trial in trials if trial.problem]
     refused = sum(trial.codes[-2:-1] in ([2], [3], [4]) for trial in trials if not trial.problem)
     hosts = [trial for trial in trials if trial.place != "machine"]
+    so_far = "" if len(trials) == count else f", {len(trials)} of them so far"
     lines = [
         "# Fault campaign",
         "",
-        f"`python -m tests.faults --seed {seed} --count {len(trials)}`: **{len(trials)} faults at "
-        f"random moments of short runs, {len(trials) - len(failed)} recovered or cleanly refused "
-        f"({refused} refused), {sum(t.lost for t in trials)} rows lost, "
-        f"{sum(t.repeated for t in trials)} repeated; {len(failed)} failed.**",
+        f"`python -m tests.faults --seed {seed} --count {count}`{so_far}: "
+        f"**{len(trials)} faults at random moments of short runs, {len(trials) - len(failed)} "
+        f"recovered or cleanly refused ({refused} refused), {len(failed)} failed; "
+        f"{sum(t.lost for t in trials)} rows lost, {sum(t.repeated for t in trials)} repeated.**",
         "",
         f"{len(trials) - len(hosts)} on one machine (2 ranks), {len(hosts)} over two or three "
         "hosts of network namespaces with an sshd each, one or two ranks a host. A trial is good "
