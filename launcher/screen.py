@@ -72,6 +72,9 @@ def newest_checkpoint_note(run: Path) -> str:
 
 
 def newest_checkpoint(run: Path) -> str | None:
-    """Return the folder of a run's newest checkpoint, judging by names alone."""
+    """Return the folder or address of a run's newest checkpoint, judging by names alone."""
     found = sorted(run.glob(f"checkpoints/step-{8 * '[0-9]'}/manifest.json"))
-    return str(found[-1].parent) if found else None
+    here = str(found[-1].parent) if found else ""
+    note = run / "checkpoints" / ".elsewhere"  # in object storage
+    there = note.read_text(encoding="utf-8") if note.is_file() else ""
+    return max(here, there, key=lambda path: path.rpartition("/")[2]) or None

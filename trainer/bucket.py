@@ -23,8 +23,8 @@ from shoal.trainer.checkpoint import (
     list_checkpoints,
     parse_manifest,
 )
-from shoal.trainer.storage import sync
-from shoal.trainer.stores import OWNER, SharedFolder, Word, find_places, wait_for
+from shoal.trainer.storage import sync, write_text
+from shoal.trainer.stores import ELSEWHERE, OWNER, SharedFolder, Word, find_places, wait_for
 from shoal.trainer.teamwork import Progress, Tick, do_together, raise_together
 
 _NAME = re.compile(r"step-\d{8}")
@@ -122,6 +122,7 @@ class Bucket(SharedFolder):
             )
         name = checkpoint_name(manifest.step)
         self.fs.pipe_file(f"{self.base}/{name}/{MANIFEST}", manifest.model_dump_json().encode())
+        write_text(self.root / ELSEWHERE, f"{self.url}/{name}")
         self._clean(name)
         held = {checkpoint_step(name): self._read(name) for name in self._list_published()}
         kept = rule.choose({step: found.loss for step, found in held.items()}, manifest.step)

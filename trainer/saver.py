@@ -78,6 +78,8 @@ class Saver:
         self._vouched = threading.Event()
         self._vouched.set()
         self._sound, self._left = True, False
+        self._kept: dict[str, Tensor] = {}
+        """Memory of the copies, used again: to get it anew takes as long as to copy."""
 
     @property
     def awaits_word(self) -> bool:
@@ -113,12 +115,16 @@ class Saver:
         """
         self.wait(progress)
         begun = time.perf_counter()
-        kept: dict[str, Tensor] = {}
+        kept = self._kept
         index: dict[str, dict[str, dict[str, Any]]] = {}
         file = self.store.file_name
         for name, state, offset, values in engine.read_slices():
             key = f"{state}/{name}"
-            kept[key] = values.detach().to("cpu", torch.float32, copy=True).flatten()
+            flat = values.detach().flatten()
+            if key in kept:
+                kept[key].copy_(flat)
+            else:
+                kept[key] = flat.to("cpu", torch.float32, copy=True)
             piece = Slice(file=file, key=key, offset=offset, length=values.numel())
             shape = engine.parameter_shapes[name]
             entry = StoredTensor(shape=shape, slices=(piece,)).model_dump()

@@ -26,9 +26,11 @@ from shoal.trainer.checkpoint import (
     remove_old,
 )
 from shoal.trainer.storage import sync, write_text
-from shoal.trainer.teamwork import LOOK_SECONDS, Progress, Tick, gather
+from shoal.trainer.teamwork import LOOK_SECONDS, Progress, Tick, gather, raise_together
 
 OWNER = ".owner"
+ELSEWHERE = ".elsewhere"
+"""Says where the newest one is, if that was not here."""
 Word = dict[str, Any]
 
 
@@ -99,7 +101,7 @@ class SharedFolder:
         self.token = token
         if self.rank == 0:
             self._take()
-        gather(None)
+        raise_together(self._find_newer() if self.rank == 0 else None)
         self._check_shared()
 
     def hand_in(
@@ -150,6 +152,19 @@ class SharedFolder:
             for leftover in self.root.glob(".partial-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             write_text(self.root / OWNER, self.token)
+
+    def _find_newer(self) -> PreflightError | None:
+        """Return what is wrong if the run has gone further elsewhere."""
+        note = self.root / ELSEWHERE
+        newest = note.read_text(encoding="utf-8") if note.is_file() else ""
+        names = [folder.name for folder in list_checkpoints(self.root)]
+        if newest.rpartition("/")[2] <= max(names, default=""):
+            return None
+        return PreflightError(
+            f"the newest checkpoint of this run is {newest}",
+            where=self.root,
+            fix=f"checkpoint.folder={newest.rsplit('/', 2)[0]}, or copy it here",
+        )
 
     def _check_shared(self) -> None:
         """Refuse ranks that cannot see what the first one has just written."""

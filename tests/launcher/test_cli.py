@@ -245,6 +245,10 @@ def test_newest_checkpoint_is_named(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         (folder / "manifest.json").write_text("{}")
     assert "step-00000100 " in newest_checkpoint_note(tmp_path)
+    (tmp_path / "checkpoints/.elsewhere").write_text("s3://bucket/run/step-00000090")
+    assert "step-00000100 " in newest_checkpoint_note(tmp_path)
+    (tmp_path / "checkpoints/.elsewhere").write_text("s3://bucket/run/step-00000200")
+    assert "s3://bucket/run/step-00000200 " in newest_checkpoint_note(tmp_path)
 
 
 def test_a_closed_pipe_is_no_bug() -> None:

@@ -74,6 +74,18 @@ def test_what_changes_after_the_copy_is_not_saved(tmp_path, monkeypatch):
     assert float(TensorReader(folder, verify_checkpoint(folder)).read("a").abs().max()) == 0
 
 
+def test_every_save_holds_its_own_values(tmp_path):
+    writer = make(tmp_path, 2)
+    for step in (1, 2):
+        begin(writer, step)
+    writer.wait()
+    for folder in list_checkpoints(tmp_path):
+        manifest = verify_checkpoint(folder)
+        reader = TensorReader(folder, manifest)
+        for name, state, _, values in killed_savers.StateOnly(manifest.step).read_slices():
+            assert torch.equal(reader.read(name, state), values)
+
+
 @pytest.mark.parametrize("saves", [0, 1])
 def test_an_attempt_that_was_taken_over_publishes_nothing(tmp_path, saves):
     old = make(tmp_path, 9)

@@ -14,6 +14,7 @@ from shoal.trainer.bucket import Bucket, list_published
 from shoal.trainer.checkpoint import MANIFEST, Retention, verify_checkpoint
 from shoal.trainer.resumption import find_checkpoint
 from shoal.trainer.saver import Saver
+from shoal.trainer.stores import SharedFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("process_group")]
 
@@ -45,7 +46,8 @@ def test_a_checkpoint_goes_up_and_comes_down(url, tmp_path):
     assert list_published(url) == ["step-00000002", "step-00000003"]
     files = [name for name in objects(url) if name.startswith("step")]
     assert len(files) == 4, "of each one file and the manifest; the rest is gone"
-    assert not list((tmp_path / "a").iterdir()), "and nothing is left here"
+    assert [path.name for path in (tmp_path / "a").iterdir()] == [".elsewhere"]
+    assert (tmp_path / "a" / ".elsewhere").read_text() == f"{url}/step-00000003"
     store = Bucket(url, tmp_path / "b")
     Saver(store, Retention(2))
     folder, manifest = find_checkpoint(store)
@@ -142,6 +144,13 @@ def test_checkpoints_that_are_here_alone_are_no_fresh_start(url, tmp_path):
     store = Bucket(url, root)
     Saver(store, Retention(2))
     assert find_checkpoint(store)[1].step == 4
+
+
+def test_going_back_to_a_folder_of_its_own_is_no_fresh_start(url, tmp_path):
+    save(Saver(Bucket(url, tmp_path), Retention(2)), 3)
+    with pytest.raises(PreflightError, match=f"the newest .* is {url}/step-00000003"):
+        Saver(SharedFolder(tmp_path), Retention(2))
+    shutil.rmtree(tmp_path / "bucket", ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
