@@ -23,6 +23,10 @@ from multiprocessing.connection import (
 )
 from pathlib import Path
 
+PROOF_SECONDS = 10.0
+"""What a caller gets to prove that it holds the key."""
+STRANGERS = 16
+"""Callers, beside one a machine, that may be about to prove it; more wait in the queue."""
 DEAD_SECONDS = 20
 """A call on which nothing gets through for so long has ended (the launcher speaks every 5 s)."""
 
@@ -118,6 +122,7 @@ class Switchboard:
         self.lines = {name: CallLine() for name in names}
         self._key = key.encode()
         self._over = False
+        self._unproven = threading.Semaphore(len(names) + STRANGERS)
         self._listener = Listener(("0.0.0.0", 0), backlog=len(names) + 8)
         self._thread = threading.Thread(target=self._accept, name="switchboard", daemon=True)
         self._thread.start()
@@ -142,17 +147,33 @@ class Switchboard:
                 connection = self._listener.accept()
             except OSError:  # gone before it was taken
                 continue
-            # One thread a call: whoever connects and says nothing keeps nobody waiting.
+            # One thread a call, for so many and so long: who connects and says nothing keeps
+            # nobody waiting, and who does so often keeps others waiting for a while.
+            self._unproven.acquire()
             threading.Thread(target=self._take, args=(connection,), daemon=True).start()
 
     def _take(self, connection: Connection) -> None:
         try:
-            deliver_challenge(connection, self._key)
-            answer_challenge(connection, self._key)
-            name = connection.recv_bytes(256).decode()
+            try:
+                name = self._prove(connection)
+            finally:
+                self._unproven.release()
             self.lines[name].attach(connection)
         except (AuthenticationError, EOFError, OSError, UnicodeDecodeError, KeyError):
             connection.close()
+
+    def _prove(self, connection: Connection) -> str:
+        """Return the name that a caller gives who holds the key; one that is slow is hung up on."""
+        with _socket_of(connection) as plain:
+            timer = threading.Timer(PROOF_SECONDS, plain.shutdown, [socket.SHUT_RDWR])
+            timer.start()
+            try:
+                deliver_challenge(connection, self._key)
+                answer_challenge(connection, self._key)
+                return connection.recv_bytes(256).decode()
+            finally:
+                timer.cancel()
+                timer.join()
 
 
 class Call:

@@ -24,6 +24,8 @@ from shoal.launcher.endings import Ending, raise_failure
 from shoal.launcher.guard import SILENCE_SECONDS, Task, unpack_ending
 from shoal.launcher.hosts import Host, is_local
 from shoal.launcher.lines import Callers, Line, ProcessLine
+from shoal.launcher.outcomes import JOB_VARIABLE
+from shoal.launcher.output import next_log_folder
 from shoal.launcher.processes import HANG_GRACE_SECONDS
 from shoal.launcher.watchdog import WHY_NOT_MET
 
@@ -39,7 +41,7 @@ CLOSE_SECONDS = 15.0
 FORWARDED = ("NCCL_", "GLOO_", "UCX_", "FI_", "TORCH_", "PYTORCH_", "TORCHINDUCTOR_", "TRITON_",
              "CUBLAS_", "NVIDIA_TF32_OVERRIDE", "CUDA_LAUNCH_BLOCKING",
              "CUDA_DEVICE_MAX_CONNECTIONS", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE",
-             "DS_ACCELERATOR", "TOKENIZERS_PARALLELISM")  # fmt: skip
+             "DS_ACCELERATOR", "TOKENIZERS_PARALLELISM", JOB_VARIABLE)  # fmt: skip
 
 
 class HostLostError(ShoalError):
@@ -111,7 +113,11 @@ class Guard:
 
 
 def make_tasks(
-    hosts: Sequence[Host], argv: Sequence[str], world: WorldConfig, environment: Mapping[str, str]
+    hosts: Sequence[Host],
+    argv: Sequence[str],
+    world: WorldConfig,
+    environment: Mapping[str, str],
+    logs: Path | None = None,
 ) -> list[Task]:
     """Return what each machine is to do; ranks are numbered in the order of the hostfile."""
     forwarded = {n: value for n, value in environment.items() if n.startswith(FORWARDED)}
@@ -126,6 +132,8 @@ def make_tasks(
             host=index,
             num_hosts=len(hosts),
             address=hosts[0].name,
+            name=host.name,
+            logs=str(logs) if logs else None,
             threads=world.threads,
             timeout=world.timeout_seconds,
             save_seconds=world.save_seconds,
@@ -156,17 +164,19 @@ def run_attempt(
     """Start the ranks of all `hosts` once, and return when all have ended.
 
     A signal that appears in `caught` reaches every rank, which saves; a second SIGINT kills. So
-    does `gone`: nobody is left who wants this. What other machines print is kept in `folder`/logs.
+    does `gone`: nobody is left who wants this. What ranks and machines print is kept in a new
+    folder in `folder`/logs.
     """
-    tasks = make_tasks(hosts, argv, world, os.environ)
+    logs = next_log_folder(folder)
+    tasks = make_tasks(hosts, argv, world, os.environ, logs)
     others = [host.name for host in hosts if not is_local(host.name)]
     guards: list[Guard] = []
     callers: Callers | None = None
     try:
         if others and world.launcher != "ssh":
-            callers = Callers(world.launcher, others, folder)
+            callers = Callers(world.launcher, others, folder, logs)
         for host, task in zip(hosts, tasks, strict=True):
-            guards.append(Guard(host, task, _open_line(host.name, folder, callers)))
+            guards.append(Guard(host, task, _open_line(host.name, logs, callers)))
         course = _Course(guards, world, caught, gone)
         course.follow()
     finally:
@@ -191,11 +201,11 @@ def run_attempt(
     return AttemptEnd(None)
 
 
-def _open_line(name: str, folder: Path, callers: Callers | None) -> Line:
+def _open_line(name: str, logs: Path, callers: Callers | None) -> Line:
     """Return the line to a machine's guard, which is started unless others do so."""
     if is_local(name):
-        return ProcessLine(None, folder)
-    return callers.lines[name] if callers else ProcessLine(name, folder / "logs" / f"{name}.log")
+        return ProcessLine(None, logs)
+    return callers.lines[name] if callers else ProcessLine(name, logs / f"{name}.log")
 
 
 class _Course:

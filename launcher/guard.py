@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -60,6 +60,10 @@ class Task:
     num_hosts: int
     address: str
     """Name of the first machine, as the hostfile gives it."""
+    name: str = ""
+    """Of this machine, likewise."""
+    logs: str | None = None
+    """Folder that keeps what its ranks print."""
     threads: Literal["auto"] | int = "auto"
     timeout: float = 600
     save_seconds: float = 20
@@ -188,7 +192,7 @@ def serve(
     ranks = set(task.global_ranks)
     say(started=os.getpid())
     try:
-        place = ALONE
+        place = replace(ALONE, name=task.name)
         if task.num_hosts > 1:
             interface = _chosen_interface() or find_interface(task.address)
             if task.host == 0:
@@ -201,7 +205,9 @@ def serve(
                 return
             _check_way(task.address, port)
             endpoint = f"{task.address}:{port}"
-            place = Place(task.first_rank, task.host, task.num_hosts, endpoint, interface)
+            place = Place(
+                task.first_rank, task.host, task.num_hosts, endpoint, interface, task.name
+            )
         ending = run_ranks(
             task.ranks,
             task.argv,
@@ -210,6 +216,7 @@ def serve(
             timeout=task.timeout,
             advise=heard.advise,
             caught=caught,
+            logs=Path(task.logs) if task.logs else None,
             tell_marks=lambda meeting, met: say(meeting=meeting, met=met),
         )
         say(ending=pack_ending(ending), lost=heard.lost_at is not None)

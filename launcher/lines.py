@@ -73,7 +73,7 @@ class ProcessLine:
                 stderr=subprocess.PIPE,
                 start_new_session=True,
             )
-            self.output = Output(self.process.stderr, log, f"[{name}] ")
+            self.output = Output(self.process.stderr, log, name)
         os.close(write)
         os.set_blocking(self.control, False)
 
@@ -116,7 +116,7 @@ class ProcessLine:
 class Callers:
     """The guards of machines that call us, and what was started so that they do."""
 
-    def __init__(self, way: Way, names: Sequence[str], folder: Path) -> None:
+    def __init__(self, way: Way, names: Sequence[str], folder: Path, logs: Path) -> None:
         """Start them, or show what somebody has to type; the key lies in the run's `folder`.
 
         Raises:
@@ -141,7 +141,7 @@ class Callers:
                 print(f"type on {name}:\n  {words[-1]}", file=sys.stderr, flush=True)
             return
         for command in commands:
-            self._start(command, folder / "logs" / f"{way}.log")
+            self._start(command, logs / f"{way}.log")
         threading.Thread(target=self._give_up_late_ones, daemon=True).start()
 
     @property
@@ -182,10 +182,13 @@ class Callers:
 class Output:
     """Shows and keeps what other machines print."""
 
-    def __init__(self, stream: Iterable[bytes] | None, log: Path, prefix: str = "") -> None:
-        """Copy `stream` to our standard error, each line behind `prefix`, and to `log`."""
+    def __init__(self, stream: Iterable[bytes] | None, log: Path, name: str = "") -> None:
+        """Copy `stream` to our standard error, behind the machine's name, and to `log`.
+
+        Lines of ranks come named, and their guard keeps them.
+        """
         assert stream is not None
-        self._stream, self._log, self._prefix = stream, log, prefix
+        self._stream, self._log, self._name = stream, log, name
         self._last: list[str] = []
         self._thread = threading.Thread(target=self._copy, name=log.stem, daemon=True)
         self._thread.start()
@@ -208,11 +211,13 @@ class Output:
         for line in self._stream:  # to its end, whatever happens: a full pipe stops ranks
             text = line.decode(errors="replace").rstrip("\n")
             self._last = [*self._last, text][-LAST_LINES:]
+            is_of_rank = bool(self._name) and text.startswith(f"[{self._name} rank ")
             with contextlib.suppress(OSError):
-                if file:
+                if file and not is_of_rank:
                     file.write(line)
+            prefix = f"[{self._name}] " if self._name and not is_of_rank else ""
             with contextlib.suppress(OSError):
-                print(f"{self._prefix}{text}", file=sys.stderr, flush=True)
+                print(f"{prefix}{text}", file=sys.stderr, flush=True)
         if file:
             file.close()
 

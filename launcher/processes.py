@@ -18,7 +18,8 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -32,6 +33,8 @@ from shoal.launcher.outcomes import (
     read_pids,
     scratch_folder,
 )
+from shoal.launcher.output import ERR, OUT, RankOutput, next_log_folder
+from shoal.launcher.runs import run_folder
 from shoal.launcher.world import (
     RANK_VARIABLES,
     caught_signals,
@@ -68,6 +71,8 @@ class Place:
     """Where the job's machines meet; port 0: any free one."""
     interface: str = "lo"
     """Network interface that leads to the other machines."""
+    name: str = ""
+    """Of this machine, as the hostfile gives it."""
 
 
 ALONE = Place()
@@ -83,13 +88,15 @@ def launch_ranks(
     environment: Mapping[str, str] = {},
     gone: Callable[[], bool] = lambda: False,
     caught: list[int] | None = None,
+    logs: Path | None = None,
 ) -> None:
     """Run `command` + `argv` as `num_ranks` ranks on this machine; return when all are done.
 
     Signals that ask for a stop are passed on, and the ranks take the time they need to save; a
     second SIGINT kills them. `timeout` is how many seconds the ranks may take to start. When
     `gone` says that nobody is left who wants this, the ranks are asked to stop. A caller that
-    catches signals itself hands over its list of those.
+    catches signals itself hands over its list of those. What the ranks print is shown, and kept in
+    `logs`.
 
     Raises:
         StoppedOnRequest: a signal arrived and the ranks saved a checkpoint.
@@ -105,6 +112,7 @@ def launch_ranks(
             environment=environment,
             advise=lambda: "stop" if gone() else "go",
             caught=signals,
+            logs=logs,
         )
     raise_failure(ending)
 
@@ -121,6 +129,7 @@ def run_ranks(
     advise: Callable[[], Advice] = lambda: "go",
     caught: Sequence[int] = (),
     tell_marks: Callable[[int, int], None] = lambda meeting, met: None,
+    logs: Path | None = None,
 ) -> Ending:
     """Run this machine's ranks of a job and return how they ended.
 
@@ -135,6 +144,7 @@ def run_ranks(
         advise: Asked several times a second whether to go on, to stop (the ranks save), or to kill.
         caught: Grows with every signal that asks for a stop, see `caught_signals`.
         tell_marks: Told how many ranks look for the others, and have found them, as that changes.
+        logs: Folder that keeps what they print.
     """
     with scratch_folder() as outcomes, changed_environment(environment):
         device = check_devices(num_ranks)
@@ -144,6 +154,7 @@ def run_ranks(
             "OMP_NUM_THREADS": str(resolve_threads(threads, num_ranks)),
             "GLOO_SOCKET_IFNAME": place.interface,
             "NODE_RANK": str(place.host),
+            "PYTHONUNBUFFERED": "1",  # a rank that is killed has said what it had to say
         }
         if place.num_hosts > 1:  # where the user has not chosen
             for name in INTERFACE_VARIABLES:
@@ -151,9 +162,10 @@ def run_ranks(
         if device == "cpu":
             added["DS_ACCELERATOR"] = "cpu"
         watcher = _Watcher(outcomes, advise, caught, tell_marks)
-        with changed_environment(added, RANK_VARIABLES), watcher:
-            exit_codes = _run_agent(num_ranks, place, [*command, *argv], outcomes, timeout)
         ranks = list(range(place.first_rank, place.first_rank + num_ranks))
+        output = RankOutput(outcomes, ranks, partial(_name_rank, place, num_ranks), logs)
+        with changed_environment(added, RANK_VARIABLES), output, watcher:
+            exit_codes = _run_agent(place, [*command, *argv], outcomes, timeout, output)
         return Ending(
             ranks,
             read_outcomes(outcomes),
@@ -183,16 +195,31 @@ def train_configs(configs: Sequence[RunConfig]) -> None:
             threads=world.threads,
             timeout=world.timeout_seconds,
             gone=lambda: time.monotonic() > stop_at,
+            logs=next_log_folder(run_folder(configs[0])),
         )
 
 
+def _name_rank(place: Place, num_ranks: int, rank: int) -> str:
+    """Return what stands before the lines of a rank; nothing where it is the only one."""
+    host = f"{place.name} " if place.name else ""
+    return f"[{host}rank {rank}] " if num_ranks > 1 or place.num_hosts > 1 else ""
+
+
 def _run_agent(
-    num_ranks: int, place: Place, command: Sequence[str], folder: Path, timeout: float
+    place: Place, command: Sequence[str], folder: Path, timeout: float, output: RankOutput
 ) -> dict[int, int]:
     """Let torchrun's agent run the ranks; return the exit codes of those that failed."""
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, LogsDest
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    class Pipes(DefaultLogsSpecs):
+        """Every rank prints where `output` says."""
+
+        def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+            return replace(
+                super().reify(envs), stdouts=output.paths[OUT], stderrs=output.paths[ERR]
+            )
 
     # The agent's own reports repeat, less clearly, what _raise_failure says.
     _quieten("torch.distributed.elastic", "torch.distributed.launcher")
@@ -200,7 +227,7 @@ def _run_agent(
     config = LaunchConfig(
         min_nodes=place.num_hosts,
         max_nodes=place.num_hosts,
-        nproc_per_node=num_ranks,
+        nproc_per_node=len(output.paths[OUT]),
         # Common to all machines of an attempt, and of this attempt alone: its port is new.
         run_id=uuid.uuid4().hex if alone else place.endpoint,
         # Among several machines the first one in the hostfile holds rank 0, and so on.
@@ -209,8 +236,7 @@ def _run_agent(
         rdzv_configs={"timeout": int(timeout)} | ({} if alone else {"rank": place.host}),
         max_restarts=0,
         local_addr=LOOPBACK if alone else None,
-        # No redirection: the progress bar of rank 0 must see the terminal.
-        logs_specs=DefaultLogsSpecs(log_dir=str(folder / "agent")),
+        logs_specs=Pipes(log_dir=str(folder / "agent")),
         # The agent's handlers would cut a save off after 30 s; ours (_Watcher) take its signals.
         signals_to_handle="",
     )

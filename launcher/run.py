@@ -55,7 +55,8 @@ examples:
   python launcher/run.py --hostfile hosts --show sbatch > job.sh
       the same job as a script for Slurm
 
-The same command again continues from the newest checkpoint.
+The same command again continues from the newest checkpoint. Ctrl-C, SIGTERM, SIGUSR1 (Slurm's
+warning) and world.time_limit_minutes save and stop.
 exit codes: 0 done, 2 usage or configuration, 3 data, 4 preflight,
             5 stopped on request with a checkpoint saved (start it again), 128 + N ended by
             signal N before there was anything to save, 6 every attempt failed, 1 other

@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import time
+import uuid
 from collections.abc import Sequence
 
 from shoal.configs.errors import (
@@ -27,7 +28,9 @@ from shoal.launcher.fanout import AttemptEnd, HostLostError, run_attempt
 from shoal.launcher.greeting import find_reachable, is_guard_gone
 from shoal.launcher.guard import AGENT_SECONDS, SILENCE_SECONDS
 from shoal.launcher.hosts import Host, is_local
-from shoal.launcher.processes import any_gone, launch_ranks, open_process
+from shoal.launcher.outcomes import JOB_VARIABLE
+from shoal.launcher.output import next_log_folder
+from shoal.launcher.processes import any_gone, changed_environment, launch_ranks, open_process
 from shoal.launcher.runs import run_folder
 from shoal.launcher.screen import newest_checkpoint, newest_checkpoint_note, show_error
 from shoal.launcher.world import caught_signals, seconds_to_train
@@ -54,7 +57,8 @@ def supervise(hosts: Sequence[Host], config: RunConfig, watch: Sequence[int] = (
     """
     descriptors = [open_process(pid) for pid in watch]
     try:
-        with caught_signals() as caught:
+        job = {JOB_VARIABLE: uuid.uuid4().hex}
+        with caught_signals() as caught, changed_environment(job):
             _Job(hosts, config, descriptors, caught).run()
     finally:
         for descriptor in descriptors:
@@ -166,6 +170,7 @@ class _Job:
                 environment=self.hosts[0].device_variables,
                 gone=self._gone,
                 caught=self.caught,
+                logs=next_log_folder(self.folder),
             )
         except ShoalError as error:
             return AttemptEnd(error)

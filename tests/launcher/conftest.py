@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 from shoal.launcher import lines
+
+sys.path.append(str(Path(__file__).parent))  # the tests import the helpers beside them
 
 TRAINING = """
 import os, sys, time, types

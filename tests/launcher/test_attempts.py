@@ -1,0 +1,201 @@
+"""A job as a series of attempts: what one comes to is given, and what is made of it is tested."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal.configs.errors import (
+    ConfigError,
+    DataError,
+    NonFiniteLossError,
+    NotMetError,
+    PreflightError,
+    RetriesExhausted,
+    ShoalError,
+    StoppedOnRequest,
+)
+from shoal.configs.schema import DataConfig, RunConfig, Stream, TrainConfig, WorldConfig
+from shoal.launcher import supervision
+from shoal.launcher.commands import Way
+from shoal.launcher.endings import Interrupted
+from shoal.launcher.fanout import AttemptEnd, HostLostError
+from shoal.launcher.hosts import Host
+
+
+class Job:
+    """Attempts that end as they are told."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, **world: Any) -> None:
+        self.config = RunConfig(
+            output=str(folder),
+            data=DataConfig(train=(Stream(path="x"),)),
+            train=TrainConfig(tokens=1),
+            world=WorldConfig(**world),
+        )
+        self.ends: list[tuple[ShoalError | None, dict[str, int | None]]] = []
+        self.hosts: list[list[str]] = []
+        self.answering: set[str] | None = None
+        self.before: Callable[[], object] = lambda: None
+        monkeypatch.setattr(supervision, "run_attempt", self._attempt)
+        monkeypatch.setattr(supervision, "find_reachable", self._find)
+        monkeypatch.setattr(supervision, "check_before_start", lambda *_: None)
+        monkeypatch.setattr(supervision, "is_guard_gone", lambda name, way, pid: True)
+
+    def run(self, *names: str) -> None:
+        supervision.supervise([Host(name, 1) for name in names], self.config)
+
+    def _attempt(self, hosts: Sequence[Host], *_: object) -> AttemptEnd:
+        self.before()
+        self.hosts.append([host.name for host in hosts])
+        return AttemptEnd(*self.ends.pop(0))
+
+    def _find(self, hosts: Sequence[Host], *_: object) -> list[Host]:
+        return [h for h in hosts if self.answering is None or h.name in self.answering]
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+    return Job(tmp_path, monkeypatch, max_restarts=2)
+
+
+def lost(name: str) -> HostLostError:
+    return HostLostError("ssh ended (exit code 255)", where=name)
+
+
+def test_hosts_lost_one_after_the_other_are_progress(job: Job) -> None:
+    job.ends = [(lost("n3.invalid"), {}), (None, {})]
+    job.answering = {"n1.invalid", "n2.invalid"}
+    job.run("n1.invalid", "n2.invalid", "n3.invalid")
+    assert job.hosts == [
+        ["n1.invalid", "n2.invalid", "n3.invalid"],
+        ["n1.invalid", "n2.invalid"],
+    ]
+
+
+def test_a_host_that_is_back_is_taken_back_in_its_place(job: Job) -> None:
+    job.config = job.config.model_copy(update={"world": WorldConfig(max_restarts=3)})
+    job.ends = [(lost("n1.invalid"), {}), (lost("x"), {}), (None, {})]
+    answers = [{"n2.invalid", "n3.invalid"}, {"n1.invalid", "n2.invalid", "n3.invalid"}]
+    job.before = lambda: setattr(job, "answering", answers.pop(0) if answers else None)
+    job.run("n1.invalid", "n2.invalid", "n3.invalid")
+    assert job.hosts == [
+        ["n1.invalid", "n2.invalid", "n3.invalid"],
+        ["n2.invalid", "n3.invalid"],
+        ["n1.invalid", "n2.invalid", "n3.invalid"],
+    ]
+
+
+def checkpoints(job: Job) -> list[str]:
+    root = Path(job.config.output) / job.config.name / "checkpoints"
+    return sorted(path.name for path in root.glob("*step-*"))
+
+
+def save(job: Job, *steps: int) -> None:
+    for step in steps:
+        folder = Path(job.config.output) / job.config.name / f"checkpoints/step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+
+
+def test_what_fails_twice_from_a_checkpoint_goes_on_from_the_one_before(
+    job: Job, capfd: pytest.CaptureFixture[str]
+) -> None:
+    save(job, 40, 50)
+    seen: list[list[str]] = []
+    job.before = lambda: seen.append(checkpoints(job))
+    job.ends = [(ShoalError("killed"), {}), (ShoalError("killed"), {}), (None, {})]
+    job.run("n1.invalid")
+    assert seen[1:] == [["step-00000040", "step-00000050"], [".suspect-step-00000050", seen[0][0]]]
+    assert "step-00000050: it is set aside, step-00000040 is next" in capfd.readouterr().err
+    job.ends = [(ShoalError("killed"), {}), (ShoalError("killed"), {})]
+    with pytest.raises(RetriesExhausted, match="the same failure twice"):
+        job.run("n1.invalid")
+    assert checkpoints(job) == ["step-00000040", "step-00000050"], "that was not the reason"
+
+
+@pytest.mark.parametrize("saved", [(), (50,)])
+def test_a_run_never_begins_anew_by_itself(saved: tuple[int, ...], job: Job) -> None:
+    save(job, *saved)
+    job.ends = [(ShoalError("killed"), {}), (ShoalError("killed"), {})]
+    with pytest.raises(RetriesExhausted, match="the same failure twice"):
+        job.run("n1.invalid")
+    assert checkpoints(job) == [f"step-{step:08d}" for step in saved]
+
+
+@pytest.mark.parametrize("error", [HostLostError("gone", where="n2"), NotMetError("apart")])
+def test_a_checkpoint_is_not_suspected_for_what_the_network_does(
+    error: ShoalError, job: Job
+) -> None:
+    save(job, 40, 50)
+    job.ends = [(error, {}), (error, {})]
+    with pytest.raises(RetriesExhausted):
+        job.run("n1.invalid", "n2.invalid")
+    assert checkpoints(job) == ["step-00000040", "step-00000050"]
+
+
+def test_the_same_failure_twice_ends_the_job(job: Job, capfd: pytest.CaptureFixture[str]) -> None:
+    job.ends = [(ShoalError(f"rank {n} was killed"), {}) for n in (1, 0)]
+    with pytest.raises(RetriesExhausted, match="the same failure twice") as caught:
+        job.run("n1.invalid", "n2.invalid")
+    assert caught.value.exit_code == 6
+    assert "rank 0 was killed" in capfd.readouterr().err
+
+
+def test_every_attempt_may_fail_otherwise(job: Job) -> None:
+    job.ends = [(lost(name), {}) for name in ("a", "b", "c")]
+    with pytest.raises(RetriesExhausted, match="3 attempts failed"):
+        job.run("n1.invalid", "n2.invalid")
+
+
+@pytest.mark.parametrize(
+    "kind", [ConfigError, DataError, PreflightError, NonFiniteLossError, StoppedOnRequest]
+)
+def test_what_no_attempt_would_change_ends_the_job(kind: type[ShoalError], job: Job) -> None:
+    job.ends = [(kind("so"), {})]
+    with pytest.raises(kind, match="so"):
+        job.run("n1.invalid", "n2.invalid")
+
+
+def test_what_is_cut_off_is_asked_for_before_the_next_attempt(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def is_gone(name: str, way: Way, pid: int) -> bool:
+        asked.append((name, pid))
+        return len(asked) > 1
+
+    monkeypatch.setattr(supervision, "is_guard_gone", is_gone)
+    job.ends = [(lost("n2.invalid"), {"n2.invalid": 77}), (None, {})]
+    job.run("n1.invalid", "n2.invalid")
+    assert asked == [("n2.invalid", 77)] * 2
+
+
+def test_a_request_between_attempts_is_heeded(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    job.ends = [(lost("n2.invalid"), {"n2.invalid": 77})]
+    monkeypatch.setattr(supervision, "is_guard_gone", lambda name, way, pid: False)
+    threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(Interrupted) as caught:
+        job.run("n1.invalid", "n2.invalid")
+    assert caught.value.exit_code == 128 + signal.SIGTERM
+
+
+def test_a_signal_before_ranks_are_watched_reaches_them(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def launch(*_: object, caught: list[int], **__: object) -> None:
+        assert caught == []
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert caught == [signal.SIGTERM]
+        raise StoppedOnRequest("saved")
+
+    monkeypatch.setattr(supervision, "launch_ranks", launch)
+    with pytest.raises(StoppedOnRequest, match="saved"):
+        job.run("localhost")
