@@ -53,7 +53,7 @@ class RunFacts:
     @property
     def milestones(self) -> list[int]:
         """Steps of checkpoints that are kept for good."""
-        every = getattr(self.config.checkpoint, "milestone_every", None)
+        every = self.config.checkpoint.milestone_every
         return [step for step in self.checkpoints if every and step % every == 0]
 
 
@@ -171,8 +171,8 @@ def describe_checkpoint(folder: Path, *, verify: bool) -> tuple[dict[str, object
         "hashes": "verified" if verify else "not read; --verify reads every byte",
     }
     facts |= _describe_position(manifest.step, manifest.position, manifest.run)
-    if (loss := getattr(manifest, "loss", None)) is not None:
-        facts["validation loss"] = f"{loss:.4f}"
+    if manifest.loss is not None:
+        facts["validation loss"] = f"{manifest.loss:.4f}"
     if problems:
         facts["hashes"] = f"BROKEN: {problems[0]}" + (f" and {len(problems) - 1} more files"
                                                       if problems[1:] else "")  # fmt: skip

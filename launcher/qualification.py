@@ -182,7 +182,8 @@ def drop_rank(hosts: Sequence[Host]) -> list[Host]:
     """Return the machines of a job with a rank less; a job of one rank stays as it is."""
     *others, last = hosts
     if last.slots > 1:
-        return [*others, replace(last, slots=last.slots - 1)]
+        chosen = last.devices and last.devices[:-1]
+        return [*others, replace(last, slots=last.slots - 1, devices=chosen)]
     return others or [last]
 
 
