@@ -122,3 +122,22 @@ def test_make_bench_runs_every_benchmark():
     files = (ROOT / "benchmarks").glob("*.py")
     runnable = {file.stem for file in files if '__name__ == "__main__"' in file.read_text()}
     assert set(found[1].split()) == runnable
+
+
+def test_a_restart_is_judged_by_our_own_seconds(claims):
+    restart = importlib.import_module("benchmarks.restart")
+    figures = {
+        "training again after SIGKILL of a rank": [(31.0, 10.0), (32.0, 10.0)],
+        "training on after the loss of a host": [(31.0, 10.0), (32.0, 10.0)],
+        "saved and ended after SIGTERM to a guard": [(2.0, 10.0), (3.0, 10.0)],
+        "no process left after SIGTERM to a guard": [(11.0, 10.0), (12.0, 10.0)],
+    }
+    judged = list(restart.judge(figures, "two hosts"))
+    assert [(claim.target, claim.met) for claim in judged] == [
+        ("ours <= 30", False),
+        ("ours <= 90", True),
+        ("ours <= 20", True),
+        ("ours <= 10", False),
+    ]
+    assert judged[0].name == "training again after SIGKILL of a rank, two hosts"
+    assert (judged[0].ours, judged[0].peer) == (31.5, 10.0)
