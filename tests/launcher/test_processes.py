@@ -22,7 +22,7 @@ from shoal.launcher.outcomes import Outcome
 from shoal.launcher.processes import launch_ranks
 
 WORKER = """
-import os, signal, sys, time
+import os, pathlib, signal, sys, time
 from shoal.configs.errors import DataError, PreflightError
 from shoal.launcher.outcomes import die_with_parent, report_outcome
 from shoal.launcher.outcomes import report_hang
@@ -39,6 +39,9 @@ def work():
             file.write(line)
         return
     if mode in ("hang", "frozen"):
+        started = pathlib.Path(os.environ["SHOAL_OUTCOMES"])
+        while len(list(started.glob("rank-*.pid"))) < 2:  # one may be much later than the other
+            time.sleep(0.05)
         watchdog = Watchdog(report_hang)
         watchdog.limit = 1.0
         with watchdog:
