@@ -18,6 +18,8 @@ from typing import Protocol
 import psutil
 
 NETLAB = Path(__file__).with_name("netlab.sh")
+# What is started from a shell's background ignores some, and so would all that it starts.
+LISTENING = ("env", "--default-signal=INT,TERM,HUP")
 SHARED_MEMORY = Path("/dev/shm")
 CACHES = ("torchinductor_",)
 """Folders that torch keeps for its next start, whichever job that is."""
@@ -62,7 +64,7 @@ class ThisMachine:
         environment = {**os.environ, **env, "TMPDIR": str(self.scratch)}
         with output.open("a") as file:
             return subprocess.Popen(
-                command, cwd=folder, stdout=file, stderr=file, env=environment,
+                [*LISTENING, *command], cwd=folder, stdout=file, stderr=file, env=environment,
                 start_new_session=True,
             )  # fmt: skip
 
@@ -92,7 +94,7 @@ class LabHost:
     ) -> subprocess.Popen[bytes]:
         """Start a command there; what is returned is what entered, and ends as it ends."""
         environment = {**os.environ, **env, "TMPDIR": "/run/tmp"}
-        enter = ["nsenter", "-t", str(self.sshd.pid), "-a", f"--wdns={folder}"]
+        enter = ["nsenter", "-t", str(self.sshd.pid), "-a", f"--wdns={folder}", *LISTENING]
         with output.open("a") as file:
             return subprocess.Popen(
                 [*enter, *command], cwd=folder, stdout=file, stderr=file, env=environment,

@@ -228,9 +228,9 @@ NODES = ["--nodes=2", "--ntasks-per-node=1"]
 @pytest.mark.parametrize(
     "command",
     [
-        (SLURM_LAB, "salloc", *NODES, sys.executable, RUN_PY, "run.yaml", "world.launcher=slurm",
+        (SLURM_LAB, "salloc", *NODES, sys.executable, RUN_PY, "world.launcher=slurm",
          "world.ranks=1"),
-        (SLURM_LAB, "srun", *NODES, "--cpu-bind=none", sys.executable, RUN_PY, "run.yaml"),
+        (SLURM_LAB, "srun", *NODES, "--cpu-bind=none", sys.executable, RUN_PY),
     ],
     ids=["inside an allocation", "ranks of srun"],
 )  # fmt: skip
