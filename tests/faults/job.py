@@ -122,6 +122,12 @@ class Job:
         files = [file for file in self.folder.glob("rows/*") if file.stat().st_size]
         return len({file.name.split("-")[1] for file in files})
 
+    def last_ranks(self) -> list[int]:
+        """Return the ranks of its newest start that have trained."""
+        names = sorted(file.stem for file in self.folder.glob("rows/*") if file.stat().st_size)
+        newest = names[-1].split("-")[1] if names else ""
+        return sorted(int(name.split("-")[2]) for name in names if name.split("-")[1] == newest)
+
     def output(self) -> str:
         """Return all it has said."""
         return (self.folder / "output").read_text(errors="replace")

@@ -102,9 +102,16 @@ class LabHost:
             )  # fmt: skip
 
     def processes(self) -> list[psutil.Process]:
-        """Return all that runs there and did not when it was made."""
-        found = find_processes("ns/pid", self.space)
-        return [process for process in found if process.pid not in self._before]
+        """Return all that runs there and did not when it was made, but for what is sshd's own.
+
+        A session of sshd whose link was cut waits for its client as long as TCP does.
+        """
+        found = []
+        for process in find_processes("ns/pid", self.space):
+            with contextlib.suppress(psutil.Error):
+                if process.pid not in self._before and process.name() != "sshd":
+                    found.append(process)
+        return found
 
     def leftovers(self) -> list[str]:
         """Return what is there."""
@@ -122,9 +129,10 @@ class LabHost:
     def lose(self) -> None:
         """Let it go as by a loss of power: no last word leaves it, and nothing runs there."""
         self.cut()
-        for process in self.processes():
-            with contextlib.suppress(psutil.Error):
-                process.kill()
+        for process in find_processes("ns/pid", self.space):
+            if process.pid not in self._before:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
 
     def clear(self) -> None:
         """Empty its memory and temporary folder, as a start of the machine does."""

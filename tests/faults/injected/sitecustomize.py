@@ -158,7 +158,9 @@ class Watcher:
         return spec
 
 
-if "--worker" in sys.orig_argv:
+# Of our launcher, or of DeepSpeed's where that is not to start a launcher of ours.
+STARTED_BY_DEEPSPEED = any(word.startswith("--local_rank") for word in sys.orig_argv)
+if "--worker" in sys.orig_argv or (STARTED_BY_DEEPSPEED and "--hostfile" not in sys.orig_argv):
     sys.meta_path.insert(
         0,
         Watcher(
