@@ -87,7 +87,7 @@ def measure(scale: Scale, device: Any, folder: Path) -> Iterator[Claim]:
 
     def stall() -> float:
         seconds = saver.begin(loop.engine, next(numbers), {}, {})
-        saver.wait()
+        saver.finish()
         return seconds
 
     def peers() -> Iterator[tuple[str, Any, Target]]:
@@ -150,7 +150,7 @@ def time_stretch(loop: EngineLoop, steps: int, saver: Saver | None, number: int)
         if saver and saver.awaits_word:
             saver.vouch(sound=not loop.engine.compare_replicas())
     if saver:
-        saver.wait()
+        saver.finish()
     return time.perf_counter() - begun
 
 

@@ -14,6 +14,8 @@ class ShoalError(Exception):
     """Base of every deliberate error; `exit_code` is what the process returns."""
 
     exit_code = 1
+    origin: str | None = None
+    """Rank and host it came from, where other ranks raise it as well."""
 
     def __init__(self, cause: str, *, where: object = None, fix: str | None = None) -> None:
         self.cause = cause
@@ -28,11 +30,15 @@ class ShoalError(Exception):
 
     def __reduce__(self) -> tuple:
         """Keep the keyword fields when an error crosses a process border."""
-        return _rebuild, (type(self), self.cause, self.where, self.fix)
+        return _rebuild, (type(self), self.cause, self.where, self.fix, self.origin)
 
 
-def _rebuild(kind: type[ShoalError], cause: str, where: str | None, fix: str | None) -> ShoalError:
-    return kind(cause, where=where, fix=fix)
+def _rebuild(
+    kind: type[ShoalError], cause: str, where: str | None, fix: str | None, origin: str | None
+) -> ShoalError:
+    error = kind(cause, where=where, fix=fix)
+    error.origin = origin
+    return error
 
 
 class ConfigError(ShoalError):

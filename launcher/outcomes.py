@@ -55,6 +55,8 @@ class Outcome:
     trace: str | None = None
     progress: int = 0
     """Of a rank that hung: how often it had got further."""
+    origin: str | None = None
+    """Rank and host that it befell, where this one only heard of it."""
 
     @property
     def is_failure(self) -> bool:
@@ -70,7 +72,7 @@ class Outcome:
         if self.trace:
             error.add_note(self.trace.rstrip())
         if self.is_failure:
-            error.add_note(f"failed first: rank {self.rank} on {self.host}")
+            error.add_note(f"failed first: {self.origin or f'rank {self.rank} on {self.host}'}")
         return error
 
 
@@ -79,9 +81,8 @@ def describe(error: BaseException, rank: int) -> Outcome:
     error = explain_machine_error(error) or error
     kind, host, ended = type(error).__name__, socket.gethostname(), time.time()
     if isinstance(error, ShoalError):
-        return Outcome(
-            kind, rank, host, ended, error.exit_code, error.cause, error.where, error.fix
-        )
+        facts = (error.exit_code, error.cause, error.where, error.fix)
+        return Outcome(kind, rank, host, ended, *facts, origin=error.origin)
     trace = "".join(traceback.format_exception(error))
     return Outcome(kind, rank, host, ended, 1, f"{kind}: {error}", trace=trace)
 

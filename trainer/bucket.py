@@ -13,6 +13,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from shoal.configs.errors import ConfigError, PreflightError, ShoalError
 from shoal.trainer.checkpoint import (
     MANIFEST,
@@ -161,14 +163,14 @@ class Bucket(SharedFolder):
             self._name(aside, name)
         return True
 
-    def close(self, name: str, progress: Progress) -> None:
+    def close(self, name: str, progress: Progress, device: torch.device) -> None:
         """Fetch the last checkpoint of a run that is done to the first host, for exports."""
 
         def fetch(tick: Tick) -> None:
             if self.place == 0 and not (self.root / name / MANIFEST).is_file():
                 self.mend(name, (), tick)
 
-        do_together(fetch, f"fetching {name}", progress)
+        do_together(fetch, f"fetching {name}", progress, device)
 
     def _folder_of(self, aside: Path) -> str:
         name = aside.name.removeprefix(".partial-").removesuffix(f"-{self.token}")

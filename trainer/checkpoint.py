@@ -18,10 +18,10 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError, model_validator
 from torch import Tensor
 
 from shoal.configs.errors import DataError
@@ -33,6 +33,9 @@ from shoal.trainer.teamwork import Tick
 SCHEMA = 2
 MANIFEST = "manifest.json"
 BYTES_PER_PARAMETER = 4 * (1 + len(ADAM_STATES))
+
+
+FileName = Annotated[str, StringConstraints(pattern=r"^rank-\d{5}(-[0-9a-f]+)?\.safetensors$")]
 
 
 class StoredFile(BaseModel):
@@ -75,14 +78,24 @@ class Manifest(BaseModel):
     run: dict[str, Any]
     loss: float | None
     """On the validation rows after this step, nats per token, where it was measured."""
-    files: dict[str, StoredFile]
+    files: dict[FileName, StoredFile]
     tensors: dict[str, dict[str, StoredTensor]]
     """By parameter, and what there is of it: a frozen one has a weight alone."""
     digest: str = ""
 
     def sealed(self) -> Manifest:
-        """Return it with its digest."""
-        return self.model_copy(update={"digest": _compute_digest(self.model_dump(mode="json"))})
+        """Return it with its digest, taken over what is written."""
+        tree = json.loads(self.model_dump_json())
+        return self.model_copy(update={"digest": _compute_digest(tree)})
+
+    @model_validator(mode="after")
+    def _names_its_files(self) -> Manifest:
+        for states in self.tensors.values():
+            for tensor in states.values():
+                for piece in tensor.slices:
+                    if piece.file not in self.files:
+                        raise ValueError(f"a slice is in {piece.file}, which has no hash")
+        return self
 
 
 def checkpoint_name(step: int) -> str:

@@ -84,7 +84,7 @@ class OwnDisks(SharedFolder):
                 if self.rank in receivers:
                     verify_file(aside / name, StoredFile(**facts))
 
-    def close(self, name: str, progress: Progress) -> None:
+    def close(self, name: str, progress: Progress, device: torch.device) -> None:
         """Leave the group in which bytes travelled."""
         dist.destroy_process_group(self.group)
 

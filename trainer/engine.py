@@ -31,6 +31,19 @@ class StepResult:
     taken: bool = True
     """Whether the weights were updated."""
 
+    def describe(self, *, distils: bool, routes: bool) -> dict[str, Any]:
+        """Return what there is beside the cross-entropy, a token, by the name of its metric."""
+        sums, found = self.sums, dict[str, Any]()
+        if distils:
+            found["distillation"] = sums.distillation / self.tokens
+        if routes:
+            found |= {
+                "balance": sums.balance / self.tokens,
+                "router_z": sums.router_z / self.tokens,
+            }
+            found["expert_load"] = [load / self.tokens for load in sums.expert_load]
+        return found
+
 
 def resolve_zero_stage(config: TrainConfig, num_ranks: int) -> int:
     """Return the ZeRO stage: `auto` is 1, or 0 for one rank in fp32 (nothing to shard)."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import socket
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from shoal.configs.errors import ConfigError, DataError
+from shoal.configs.errors import ConfigError, DataError, ReplicaError
 from shoal.configs.load import build_config
 from shoal.configs.schema import RunConfig
+from shoal.trainer.teamwork import gather
 
 
 def check_same_run(stored: dict[str, Any], config: RunConfig, where: Path) -> None:
@@ -86,8 +86,7 @@ def check_same_on_ranks(config: RunConfig, position: Mapping[str, Any]) -> None:
         ConfigError: names the ranks and the keys.
     """
     own = config.determinants() | dict(position)
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, own)
+    found = gather(own)
     first = found[0]
     for rank, theirs in enumerate(found):
         differing = [
@@ -101,3 +100,16 @@ def check_same_on_ranks(config: RunConfig, position: Mapping[str, Any]) -> None:
                 fix="all hosts must share this folder, the shards and the same packages: "
                 "`shoal check --hostfile hosts` says what differs",
             )
+
+
+def name_odd_replicas(odd: Sequence[int], step: int, where: object) -> ReplicaError:
+    """Return the error for ranks whose weights are not those of the others; collective."""
+    hosts = gather(socket.gethostname())
+    ranks = ", ".join(f"{rank} on {hosts[rank]}" for rank in odd)
+    error = ReplicaError(
+        f"the weights of rank {ranks} are not those of the others after step {step}",
+        where=where,
+        fix="if it happens again, leave out that device: its memory is not sound",
+    )
+    error.origin = f"rank {odd[0]} on {hosts[odd[0]]}"
+    return error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,19 +10,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shoal.configs.errors import NonFiniteLossError, ReplicaError, StoppedOnRequest
+from shoal.configs.errors import (
+    NonFiniteLossError,
+    ShoalError,
+    StoppedOnRequest,
+)
 from shoal.configs.schema import RunConfig
 from shoal.data_pipeline.batch import Batch
 from shoal.trainer.anomaly import AnomalyDetector
 from shoal.trainer.booking import Booking
 from shoal.trainer.checkpoint import Retention, checkpoint_name
 from shoal.trainer.engine import Engine
-from shoal.trainer.identity import check_same_inputs, check_same_run
+from shoal.trainer.identity import check_same_inputs, check_same_run, name_odd_replicas
 from shoal.trainer.metrics import Metrics
 from shoal.trainer.optim import learning_rate
 from shoal.trainer.resumption import find_checkpoint, load_checkpoint, open_store
 from shoal.trainer.saver import Saver
-from shoal.trainer.segment import BatchSource, RunFacts, Validation
+from shoal.trainer.segment import BatchSource, RunFacts, Validation, seed_dropout
 from shoal.trainer.teamwork import raise_together
 
 
@@ -83,13 +86,13 @@ class _Training:
             # Before the watchdog, which knows less.
             open_store(config, self.checkpoints, config.world.timeout_seconds / 2),
             Retention(kept.keep, kept.milestone_every, kept.keep_best),
-            device=engine.device,
         )
         self._restore()
         self.skipped_in_a_row, self.went_back, self.is_due = 0, False, False
         self.loss: float | None = None
         """Of the validation rows after this step."""
-        self.saved_step = self.step
+        self.saved_step = self.sound_step = self.step
+        """The last that was saved, and the last of those that has proven sound."""
         self.booking = Booking(
             facts.folder / "ledger.jsonl",
             config,
@@ -118,10 +121,16 @@ class _Training:
                 last = self.step == self.config.steps
                 self.loss = None
                 if self.validation and self._validates(last):
-                    self.loss = loss = self._validate(self.validation)
+                    loss = self._validate(self.validation)
                 self._save_if_due(last)
             self._settle()
-            self.saver.store.close(checkpoint_name(self.step), self.progress)
+            if self.sound_step < self.step:
+                raise NonFiniteLossError(
+                    "the last step left weights that are no numbers",
+                    where=self.facts.folder,
+                    fix=f"the newest checkpoint is step {self.sound_step}",
+                )
+            self.saver.store.close(checkpoint_name(self.step), self.progress, self.engine.device)
         except BaseException:
             self.saver.leave()
             raise
@@ -145,7 +154,7 @@ class _Training:
             self.config.checkpoint.resume,
             warn,
             self.progress,
-            self.engine.device,
+            device=self.engine.device,
         )
         if found is None:
             return False
@@ -171,7 +180,7 @@ class _Training:
         batches = self.source.microbatches(self.step + self.passed_over)
         self.progress(f"waiting for the others before step {number}")
         tokens = self._agree(sum(batch.real_tokens for batch in batches))
-        self._seed_dropout(batches)
+        seed_dropout(self.config, self.step, batches)
         self.progress(f"taking step {number}")
         lr = learning_rate(self.config.optim, self.step, self.config.steps)
         result = self.engine.train_step(batches, lr, tokens, self.detector.accepts)
@@ -181,21 +190,19 @@ class _Training:
             return self._skip(loss, result.grad_norm, batches)
         self.skipped_in_a_row = 0
         seconds = time.perf_counter() - begun
-        values: dict[str, Any] = {
-            "tokens": self.step * self.config.step_tokens,
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": result.grad_norm,
-            "tokens_per_second": tokens / seconds,
-            "seconds": seconds,
-        }
-        if self.config.teacher:
-            values["distillation"] = result.sums.distillation / tokens
-        if self.config.model.moe:
-            values["balance"] = result.sums.balance / tokens
-            values["router_z"] = result.sums.router_z / tokens
-            values["expert_load"] = [load / tokens for load in result.sums.expert_load]
-        self.metrics.write("train", self.step, **values)
+        self.metrics.write(
+            "train",
+            self.step,
+            tokens=self.step * self.config.step_tokens,
+            loss=loss,
+            lr=lr,
+            grad_norm=result.grad_norm,
+            tokens_per_second=tokens / seconds,
+            seconds=seconds,
+            **result.describe(
+                distils=bool(self.config.teacher), routes=bool(self.config.model.moe)
+            ),
+        )
         return True
 
     def _agree(self, tokens: int) -> int:
@@ -208,62 +215,62 @@ class _Training:
             StoppedOnRequest: it was.
             ShoalError, OSError: a checkpoint could not be written, or the next one will not fit.
         """
-        near = self.engine if self.is_due or self._saves_at(self.step + 1) else None
-        trouble = self.saver.find_trouble(near)
-        told = [tokens, int(self.stop_requested()), int(trouble is not None)]
-        shared = torch.tensor(told, device=self.engine.device)
+        near = self.is_due or self._saves_at(self.step + 1)
+        trouble = self.saver.find_trouble()
+        shortage = self.saver.find_shortage(self.engine) if near else None
+        flags = [self.stop_requested(), trouble is not None, shortage is not None]
+        shared = torch.tensor([tokens, *map(int, flags)], device=self.engine.device)
         dist.all_reduce(shared)
-        if int(shared[2]):
-            self._vouch()
+        total, stop, troubles, shortages = shared.tolist()
+        if troubles:
             raise_together(trouble)
-        if int(shared[1]):
+        if shortages:
+            self._settle()  # the one before is published before the first rank ends
+            raise_together(shortage)
+        if stop:
             self._stop()
-        return int(shared[0])
+        return int(total)
 
     def _save_if_due(self, last: bool) -> None:
         """Save at every so many steps, and after the last one; compare what must be alike.
 
-        That is compared in the step after a save, too, which is published if all is well then.
-
-        While steps cannot be taken the weights may be what is wrong: a save waits for the next
-        step that can, and after the last one for a look at them.
-
-        Raises:
-            NonFiniteLossError: the run would end with weights that are no numbers.
+        That is compared once more after the next step that is taken: what was saved is published
+        then. While steps cannot be taken the weights may be what is wrong, so both wait.
         """
         self.is_due |= self._saves_at(self.step)
         if self.is_due and (not self.skipped_in_a_row or last):
-            if self.skipped_in_a_row and not self.engine.is_finite():
-                raise NonFiniteLossError(
-                    "the last step could not be taken, and the weights are no numbers",
-                    where=self.facts.folder,
-                    fix=f"the newest checkpoint is step {self.saved_step}",
-                )
             self._save()
+        elif self.skipped_in_a_row:
+            return
         elif self.saver.awaits_word or self.step % self.config.checkpoint.compare_every == 0:
             self._compare_replicas()
 
     def _stop(self) -> None:
-        unsaved = self.step > self.saved_step
-        if unsaved and (not self.skipped_in_a_row or self.engine.is_finite()):
+        """Save what is sound, and end.
+
+        Raises:
+            StoppedOnRequest: there is a checkpoint to go on from.
+            ShoalError: there is none.
+        """
+        if self.step > self.saved_step and not self.skipped_in_a_row:
             self._save()
         self._settle()
+        if not self.sound_step:
+            raise ShoalError(
+                "stopped on request before there was anything to save", where=self.facts.folder
+            )
         raise StoppedOnRequest(
-            f"stopped on request after step {self.saved_step} of {self.config.steps}; it is saved",
+            f"stopped on request after step {self.step} of {self.config.steps}; step "
+            f"{self.sound_step} is saved",
             where=self.checkpoints,
             fix="run the same command again to continue",
         )
-
-    def _seed_dropout(self, batches: Sequence[Batch]) -> None:
-        """Make dropout a function of seed, step and rows, so that no random state needs saving."""
-        if self.config.model.dropout:
-            row = int(batches[0].row_ids[0]) if batches else 0
-            torch.manual_seed(dropout_seed(self.config.seed, self.step, row))
 
     def _validate(self, validation: Validation) -> float:
         begun = time.perf_counter()
         nats, tokens = self.engine.evaluate(self._watched(validation.batches))
         loss = nats / tokens
+        self.loss = loss if math.isfinite(loss) else None
         self.metrics.write(
             "validation",
             self.step,
@@ -282,35 +289,40 @@ class _Training:
     def _compare_replicas(self) -> None:
         """Refuse to go on, or to save, with weights that are not alike on all ranks.
 
-        What was saved and not yet compared since is published if they are, and dropped if not.
+        What was saved and not yet compared since is dropped if they are not; if they are, it is
+        published once a step has been taken from it.
 
         Raises:
             ReplicaError: names the ranks; the run may go on from its newest checkpoint.
         """
         odd = self.engine.compare_replicas()
-        self.saver.vouch(sound=not odd)
+        if odd or not self.skipped_in_a_row:
+            self._vouch(sound=not odd)
         if odd:
             self.saver.finish(self.progress)  # what was vouched for is sound
-            ranks = ", ".join(map(str, odd))
-            raise ReplicaError(
-                f"the weights of rank {ranks} are not those of the others after step {self.step}",
-                where=self.facts.folder,
-                fix="if it happens again, leave out that device: its memory is not sound",
-            )
+            raise name_odd_replicas(odd, self.step, self.facts.folder)
 
-    def _vouch(self) -> None:
-        """Compare what has to be compared before the last checkpoint is published."""
+    def _vouch(self, *, sound: bool) -> None:
+        """Say of what was saved last, if that is still open, whether it is sound."""
         if self.saver.awaits_word:
-            self._compare_replicas()
+            self.saver.vouch(sound=sound)
+            self.sound_step = self.saved_step if sound else self.sound_step
+            self.saved_step = self.sound_step
 
     def _settle(self) -> None:
-        """Wait until the last checkpoint is published."""
-        self._vouch()
+        """Let what was saved last be published or dropped, now: no further step will tell."""
+        if self.saver.awaits_word:
+            tried = self.step > self.saved_step
+            if self.skipped_in_a_row if tried else not self.engine.is_finite():
+                self._vouch(sound=False)
+            else:
+                self._compare_replicas()
+                self._vouch(sound=True)
         self.saver.finish(self.progress)
 
     def _save(self) -> None:
         self.progress(f"saving step {self.step}")
-        self._vouch()
+        self._settle()
         seconds = self.saver.begin(
             self.engine,
             self.step,
@@ -355,7 +367,7 @@ class _Training:
         if self.skipped_in_a_row <= self.config.train.max_skipped_steps:
             return True
         self._settle()
-        if not (self.went_back or self.config.ledger.kind == "tune") and self.saved_step:
+        if not (self.went_back or self.config.ledger.kind == "tune") and self.sound_step:
             self._go_back()
             return False
         self._book()
@@ -364,7 +376,7 @@ class _Training:
             f"{loss}, gradient norm {norm}, rows {_shorten(rows)}",
             where=self.facts.folder,
             fix="lower optim.lr, lengthen optim.warmup_share or set optim.clip_norm; the newest "
-            f"checkpoint is step {self.saved_step}",
+            f"checkpoint is step {self.sound_step}",
         )
 
     def _go_back(self) -> None:
@@ -373,8 +385,8 @@ class _Training:
         worked = self.step + self.passed_over
         self._restore()
         self.passed_over = worked - self.step
-        self.skipped_in_a_row, self.went_back = 0, True
-        self.saved_step = self.step
+        self.skipped_in_a_row, self.went_back, self.is_due = 0, True, False
+        self.saved_step = self.sound_step = self.step
         self.booking.begin(self.step)
         self.metrics.go_back(self.step)
         self.metrics.say(
@@ -384,8 +396,3 @@ class _Training:
 
 def _shorten(rows: Sequence[int]) -> str:
     return f"{rows[:16]}".removesuffix("]") + (", ...]" if len(rows) > 16 else "]")
-
-
-def dropout_seed(seed: int, step: int, row: int) -> int:
-    """Return the seed of a rank's dropout in one step: of the run, the step and its first row."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {step} {row}".encode()).digest()[:7], "big")

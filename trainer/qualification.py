@@ -17,14 +17,14 @@ from shoal.configs.errors import ShoalError
 from shoal.configs.schema import KernelConfig, ModelConfig, TrainConfig
 from shoal.data_pipeline.batch import Batch
 from shoal.kernels.backend import resolve
-from shoal.trainer.checkpoint import newest_checkpoint
 from shoal.trainer.engine import Engine
 from shoal.trainer.model import Transformer
 from shoal.trainer.objective import Objective
 from shoal.trainer.plain import OPTIM, Case, train_plain, train_sharded
 from shoal.trainer.probe import time_all_reduce
-from shoal.trainer.resumption import load_checkpoint
+from shoal.trainer.resumption import find_checkpoint, load_checkpoint
 from shoal.trainer.saver import save_checkpoint
+from shoal.trainer.stores import SharedFolder
 
 LIMITS = {
     ("fp32", "cpu"): 1e-5,
@@ -176,10 +176,10 @@ def _clone_slices(engine: Engine) -> dict[tuple[str, str, int], Tensor]:
 
 
 def _load(engine: Engine, folder: Path, kept: dict[tuple[str, str, int], Tensor]) -> str | None:
-    """Load the checkpoint; return what is wrong with it. All ranks find the same files."""
+    """Load the checkpoint; return what is wrong with it; collective."""
     try:
-        found = newest_checkpoint(folder)
-    except ShoalError as error:
+        found = find_checkpoint(SharedFolder(folder), device=engine.device)
+    except ShoalError as error:  # the same on all ranks
         return str(error).splitlines()[0]
     if found is None:
         return f"{folder} holds no checkpoint any more"

@@ -22,7 +22,7 @@ from shoal.trainer.checkpoint import (
 from shoal.trainer.disks import OwnDisks
 from shoal.trainer.engine import Engine
 from shoal.trainer.stores import SharedFolder
-from shoal.trainer.teamwork import CPU, Progress, Tick, do_together, gather
+from shoal.trainer.teamwork import Progress, Tick, do_together, gather
 
 Found = tuple[Path, Manifest]
 
@@ -47,7 +47,8 @@ def find_checkpoint(
     resume: str = "auto",
     warn: Callable[[str], object] = lambda text: None,
     progress: Progress = lambda doing: None,
-    device: torch.device = CPU,
+    *,
+    device: torch.device,
 ) -> Found | None:
     """Return the checkpoint that a run goes on from, verified, or None for a fresh start.
 
@@ -72,7 +73,9 @@ def find_checkpoint(
     own = sorted(set().union(*gather(listed)), reverse=True)
     folders = [store.root / name for name in own]
     if not own and resume not in ("auto", "never"):
-        folders = do_together(lambda tick: list_candidates(store.root, resume), "looking", progress)
+        folders = do_together(
+            lambda tick: list_candidates(store.root, resume), "looking", progress, device
+        )
     problems = []
     for folder in folders:
         manifest, problem = _verify_together(store, folder, bool(own), progress, device)

@@ -35,7 +35,7 @@ from shoal.trainer.checkpoint import (
 from shoal.trainer.engine import Engine
 from shoal.trainer.storage import digest, sync
 from shoal.trainer.stores import SharedFolder, Word
-from shoal.trainer.teamwork import CPU, LOOK_SECONDS, Progress, raise_together
+from shoal.trainer.teamwork import LOOK_SECONDS, Progress, Tick, raise_together
 
 LEAVE_SECONDS = 30.0
 ELEMENT_BYTES = 4
@@ -61,15 +61,16 @@ class _Part:
 class Saver:
     """Writes the checkpoints of one segment of a run, one at a time; one on every rank."""
 
-    def __init__(self, store: SharedFolder, rule: Retention, *, device: torch.device = CPU) -> None:
+    def __init__(self, store: SharedFolder, rule: Retention) -> None:
         """Take over a store of checkpoints; collective.
 
         Args:
             store: Where they go.
             rule: Which are kept.
-            device: Of the ranks' collectives.
         """
-        self.store, self.rule, self.device = store, rule, device
+        self.store, self.rule = store, rule
+        self.device: torch.device | None = None
+        """Of the ranks' collectives; None until something is saved."""
         token = [secrets.token_hex(8)]
         dist.broadcast_object_list(token)
         store.claim(token[0])
@@ -78,6 +79,8 @@ class Saver:
         self._vouched = threading.Event()
         self._vouched.set()
         self._sound, self._left = True, False
+        self._ticks = 0
+        """How often the thread has got further."""
         self._kept: dict[str, Tensor] = {}
         """Memory of the copies, used again: to get it anew takes as long as to copy."""
 
@@ -99,7 +102,7 @@ class Saver:
     ) -> float:
         """Copy what this rank holds and start writing it; return the seconds the copy took.
 
-        Waits for the checkpoint before this one.
+        Collective for as long as the checkpoint before this one is being written.
 
         Args:
             engine: Whose state.
@@ -111,9 +114,10 @@ class Saver:
             progress: Told now and then while it waits.
 
         Raises:
-            ShoalError, OSError: that one could not be written.
+            ShoalError, OSError: that one could not be written; on all ranks.
         """
-        self.wait(progress)
+        self.finish(progress)
+        self.device = engine.device
         begun = time.perf_counter()
         kept = self._kept
         index: dict[str, dict[str, dict[str, Any]]] = {}
@@ -146,15 +150,13 @@ class Saver:
             self._sound = sound
             self._vouched.set()
 
-    def find_trouble(self, engine: Engine | None = None) -> BaseException | None:
-        """Return what has befallen the thread, if anything, or what will befall the next save.
+    def find_trouble(self) -> BaseException | None:
+        """Return what has befallen the thread, if anything, once."""
+        error, self._error = self._error, None
+        return error
 
-        Args:
-            engine: Whose state is to be saved next, if that is near: it must find room.
-        """
-        if self._error is not None or engine is None:
-            error, self._error = self._error, None
-            return error
+    def find_shortage(self, engine: Engine) -> PreflightError | None:
+        """Return what is wrong if the next checkpoint of `engine` will not find room here."""
         needed, free = count_bytes(engine), shutil.disk_usage(self.store.root).free
         if free >= needed:
             return None
@@ -165,37 +167,35 @@ class Saver:
             fix="free some space there, or lower checkpoint.keep; the same command then goes on",
         )
 
-    def wait(self, progress: Progress = lambda doing: None) -> None:
-        """Wait until this rank's part of the last checkpoint is done; where it publishes: is there.
-
-        Raises:
-            ShoalError, OSError: it could not be written.
-        """
-        while self._thread is not None:
-            self._thread.join(1.0)
-            if self._thread.is_alive():
-                progress(WAITING)
-            else:
-                self._thread = None
-        if error := self.find_trouble():
-            raise error
-
     def finish(self, progress: Progress = lambda doing: None) -> None:
         """Wait until the last checkpoint is published, or dropped; collective.
 
+        Args:
+            progress: Of the watchdog; told for as long as any rank's thread gets further.
+
         Raises:
-            ShoalError, OSError: a rank could not write it; the same on all.
+            ShoalError, OSError: a rank could not write it; on all.
         """
+        if self.device is None:
+            return
+        last = -1
         while True:
             busy = self._thread is not None and self._thread.is_alive()
-            state = torch.tensor([int(busy), int(self._error is not None)], device=self.device)
+            told = [int(busy), int(self._error is not None), self._ticks]
+            state = torch.tensor(told, device=self.device)
             dist.all_reduce(state)
             if int(state[1]) or not int(state[0]):
                 break
-            progress(WAITING)
+            if int(state[2]) != last:
+                last = int(state[2])
+                progress(WAITING)
             time.sleep(LOOK_SECONDS)
         self._thread = None
-        raise_together(self.find_trouble())
+        if int(state[1]):
+            raise_together(self.find_trouble())
+
+    def _tick(self) -> None:
+        self._ticks += 1
 
     def leave(self) -> None:
         """Give what is being written a moment, and no more: something else has failed.
@@ -222,7 +222,7 @@ class Saver:
 
     def _write_aside(self, part: _Part, aside: Path) -> None:
         try:
-            word = _write_file(part, aside)
+            word = _write_file(part, aside, self._tick)
         except BaseException:
             (aside / part.file).unlink(missing_ok=True)  # there may be no room for a word else
             self.store.give_up(aside)
@@ -238,15 +238,16 @@ class Saver:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def _write_file(part: _Part, aside: Path) -> Word:
+def _write_file(part: _Part, aside: Path, tick: Tick) -> Word:
     """Write this rank's file; return what the manifest has to say of it."""
     from safetensors.torch import save_file
 
     file = aside / part.file
     aside.mkdir(exist_ok=True)
     save_file(part.kept, file)
+    tick()
     sync(file)
-    facts = {"bytes": file.stat().st_size, "sha256": digest(file)}
+    facts = {"bytes": file.stat().st_size, "sha256": digest(file, tick)}
     return {"files": {part.file: facts}, "tensors": part.index}
 
 

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from shoal.configs.errors import PreflightError, ShoalError
@@ -81,7 +82,7 @@ class SharedFolder:
         """
         return False
 
-    def close(self, name: str, progress: Progress) -> None:
+    def close(self, name: str, progress: Progress, device: torch.device) -> None:
         """See that the last checkpoint of a run that is done is here too; collective."""
 
     def give_up(self, aside: Path) -> None:

@@ -5,25 +5,25 @@ A rank that waited inside one collective could not be told from one that hangs (
 
 from __future__ import annotations
 
+import socket
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from shoal.configs.errors import ShoalError, explain_machine_error
+
 Result = TypeVar("Result")
 Progress = Callable[[str], None]
 Tick = Callable[[], None]
 LOOK_SECONDS = 0.05
-CPU = torch.device("cpu")
 
 
 def do_together(
-    work: Callable[[Tick], Result],
-    doing: str,
-    progress: Progress = lambda doing: None,
-    device: torch.device = CPU,
+    work: Callable[[Tick], Result], doing: str, progress: Progress, device: torch.device
 ) -> Result:
     """Do this rank's part of a work aside; return its result when all ranks have done theirs.
 
@@ -67,10 +67,31 @@ def do_together(
 
 
 def raise_together(error: BaseException | None) -> None:
-    """Raise on all ranks what has befallen the first of them, if anything; collective."""
-    for found in gather(error):
-        if found is not None:
-            raise found
+    """Raise on all ranks what has befallen the first of them, if anything; collective.
+
+    Raises:
+        ShoalError: it names the rank and host (`origin`) it came from.
+        RuntimeError: on the others, of an error that is not deliberate; holds its traceback.
+    """
+    for rank, found in enumerate(gather(_make_portable(error))):
+        if found is None:
+            continue
+        if rank == dist.get_rank() and error is not None and not isinstance(found, ShoalError):
+            raise error
+        raise found
+
+
+def _make_portable(error: BaseException | None) -> Exception | None:
+    """Return an error as other ranks can have it: not every class can be sent."""
+    if error is None:
+        return None
+    origin = f"rank {dist.get_rank()} on {socket.gethostname()}"
+    known = error if isinstance(error, ShoalError) else explain_machine_error(error)
+    if known is None:
+        trace = "".join(traceback.format_exception(error))
+        return RuntimeError(f"{origin} failed:\n{trace}")
+    known.origin = known.origin or origin
+    return known
 
 
 def gather(value: Any) -> list[Any]:

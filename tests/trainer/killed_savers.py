@@ -37,6 +37,7 @@ class StateOnly:
     def __init__(self, step: int) -> None:
         self.step = step
 
+    device = torch.device("cpu")
     parameter_shapes = {"a": (3, 5), "b": (7,), "empty gain": (1,)}
     parameter_states = {"a": STATES, "b": STATES, "empty gain": STATES}
 

@@ -41,12 +41,12 @@ def steps(root):
 
 def test_training_waits_for_the_copy_alone(tmp_path, monkeypatch):
     may_write, digest = threading.Event(), saver.digest
-    monkeypatch.setattr(saver, "digest", lambda path: may_write.wait(30) and digest(path))
+    monkeypatch.setattr(saver, "digest", lambda *given: may_write.wait(30) and digest(*given))
     writer = make(tmp_path, 2)
-    assert begin(writer, 1) < 10
+    begin(writer, 1)
     assert steps(tmp_path) == [], "it is not there yet, and training goes on"
     may_write.set()
-    writer.wait()
+    writer.finish()
     assert steps(tmp_path) == [1]
     assert verify_checkpoint(list_checkpoints(tmp_path)[0]).position == {"streams": []}
 
@@ -69,7 +69,7 @@ def test_what_changes_after_the_copy_is_not_saved(tmp_path, monkeypatch):
     writer.begin(engine, 1, {}, {})
     engine.held.fill_(7.0)
     go.set()
-    writer.wait()
+    writer.finish()
     (folder,) = list_checkpoints(tmp_path)
     assert float(TensorReader(folder, verify_checkpoint(folder)).read("a").abs().max()) == 0
 
@@ -78,7 +78,7 @@ def test_every_save_holds_its_own_values(tmp_path):
     writer = make(tmp_path, 2)
     for step in (1, 2):
         begin(writer, step)
-    writer.wait()
+    writer.finish()
     for folder in list_checkpoints(tmp_path):
         manifest = verify_checkpoint(folder)
         reader = TensorReader(folder, manifest)
@@ -91,15 +91,15 @@ def test_an_attempt_that_was_taken_over_publishes_nothing(tmp_path, saves):
     old = make(tmp_path, 9)
     for step in range(1, saves + 1):
         begin(old, step)
-    old.wait()
+    old.finish()
     new = make(tmp_path, 9)
     begin(old, 2)
     with pytest.raises(ShoalError, match="another attempt of this run has taken over"):
-        old.wait()
+        old.finish()
     before = list(range(1, saves + 1))
     assert steps(tmp_path) == before
     begin(new, 3)
-    new.wait()
+    new.finish()
     assert steps(tmp_path) == [*before, 3]
 
 
@@ -118,7 +118,7 @@ def test_what_befalls_the_writer_reaches_training(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("**/*.safetensors")), "what does not fit is not left there"
     monkeypatch.undo()
     begin(writer, 2)
-    writer.wait()
+    writer.finish()
     assert steps(tmp_path) == [2]
 
 
@@ -127,7 +127,7 @@ def test_a_rank_that_does_not_write_is_named(tmp_path):
     writer.store.ranks = 2
     begin(writer, 1)
     with pytest.raises(ShoalError, match=r"1 ranks have not written .* the first is rank-00001"):
-        writer.wait()
+        writer.finish()
     assert steps(tmp_path) == []
 
 
@@ -144,7 +144,7 @@ def test_what_does_not_hold_everything_is_not_published(tmp_path, kept):
     writer = make(tmp_path, 2)
     writer.begin(Forgetful(1), 1, {}, {})
     with pytest.raises(ShoalError, match="exp_avg of b: not every one of 7 elements once"):
-        writer.wait()
+        writer.finish()
     assert steps(tmp_path) == []
 
 
@@ -165,7 +165,7 @@ def test_old_ones_go_when_the_new_one_is_there(tmp_path):
     writer = make(tmp_path, 2)
     for step in (1, 2, 3):
         begin(writer, step)
-    writer.wait()
+    writer.finish()
     assert steps(tmp_path) == [2, 3]
 
 
@@ -204,7 +204,7 @@ def test_what_stays_beside_the_newest(tmp_path, name):
     writer = make(tmp_path, 2, **rule)
     for step, loss in LOSSES.items():
         begin(writer, step, loss=loss)
-    writer.wait()
+    writer.finish()
     assert steps(tmp_path) == kept
     for step in kept:
         assert read_manifest(tmp_path / f"step-{step:08d}").loss == LOSSES[step]
@@ -214,7 +214,7 @@ def test_a_better_one_takes_the_place_of_the_best(tmp_path):
     writer = make(tmp_path, 1, best=True)
     for step, loss in {1: 2.0, 2: 3.0, 3: 1.5, 4: 1.5, 5: 9.0}.items():
         begin(writer, step, loss=loss)
-    writer.wait()
+    writer.finish()
     assert steps(tmp_path) == [4, 5], "of two that are as good the newer"
 
 
@@ -223,9 +223,8 @@ def test_room_is_looked_for_before_it_is_needed(tmp_path, monkeypatch):
     needed = 4 * 3 * (15 + 7 + 1)
     free = needed
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-    assert writer.find_trouble(engine) is None
+    assert writer.find_shortage(engine) is None
     free -= 1
-    assert writer.find_trouble() is None, "not while no save is near"
-    error = writer.find_trouble(engine)
+    error = writer.find_shortage(engine)
     assert isinstance(error, PreflightError) and socket.gethostname() in error.cause
     assert error.where == str(tmp_path) and "free some space" in error.fix

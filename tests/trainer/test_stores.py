@@ -23,7 +23,7 @@ SUMMATION_ORDER = 5e-6
 
 def save(writer, step, **more):
     writer.begin(killed_savers.StateOnly(step), step, {"streams": []}, {"seed": 1}, **more)
-    writer.wait()
+    writer.finish()
 
 
 @pytest.fixture(params=["memory", "file"])
