@@ -191,6 +191,8 @@ def _describe_position(
         facts[f"shards {number}"] = f"{identity[:16]}, weight {weight}"
     if position.get("skipped"):
         facts["steps left out"] = position["skipped"]
+    if "ledger" in position:
+        facts["cost until then"] = f"the first {position['ledger']} entries of ledger.jsonl"
     return facts
 
 

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from shoal.configs.schema import RunConfig
-from shoal.trainer.ledger import LedgerEntry, append_entry, now
+from shoal.trainer.ledger import LedgerEntry, append_entry, now, read_ledger
 
 
 class Booking:
@@ -23,6 +23,11 @@ class Booking:
     def begin(self, step: int) -> None:
         """Count from here, at `step`."""
         self.step, self.begun, self.started = step, time.monotonic(), now()
+
+    @property
+    def position(self) -> int:
+        """Entries there are."""
+        return len(read_ledger(self.path))
 
     def book(self, step: int) -> None:
         """Append what it took to come to `step`, if that was anything."""

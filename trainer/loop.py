@@ -323,12 +323,14 @@ class _Training:
     def _save(self) -> None:
         self.progress(f"saving step {self.step}")
         self._settle()
+        self._book()
         seconds = self.saver.begin(
             self.engine,
             self.step,
             position={
                 **self.position,
                 "step": self.step,
+                "ledger": self.booking.position,
                 "skipped": self.skipped,
                 "passed_over": self.passed_over,
                 "history": self.detector.history,
@@ -340,7 +342,6 @@ class _Training:
         )
         self.saved_step, self.is_due = self.step, False
         self.metrics.write("checkpoint", self.step, seconds=seconds)
-        self._book()
 
     def _book(self) -> None:
         if self.facts.rank == 0:

@@ -16,6 +16,7 @@ from shoal.configs.errors import (
     DataError,
     StoppedOnRequest,
 )
+from shoal.data_pipeline.batch import IGNORE
 from shoal.kernels.backend import Kernels
 from shoal.trainer import checkpoint
 from shoal.trainer.engine import Engine
@@ -334,7 +335,7 @@ def spell_out_validation(folder, kind, batches):
     nats, count = 0.0, 0
     for batch in batches:
         logits = model.logits(batch.inputs, batch.segments).double()
-        real = batch.targets != engine_ranks.IGNORE
+        real = batch.targets != IGNORE
         nats += F.cross_entropy(logits[real], batch.targets[real], reduction="sum").item()
         count += int(real.sum())
     return nats, count

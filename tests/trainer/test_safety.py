@@ -62,6 +62,7 @@ def test_what_was_left_out_is_remembered_by_a_checkpoint(tmp_path):
     )
     assert whole.files == resumed.files, "bit for bit: the optimiser counts its updates, not steps"
     assert resumed.position["skipped"] == 1
+    assert [m.position["ledger"] for m in (whole, resumed)] == [1, 2], "what it had cost by then"
     assert curve(tmp_path / "run", "skipped", "rows") == {2: [4, 5, 6, 7]}
 
 
