@@ -12,9 +12,16 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING
 
-from shoal.configs.errors import ConfigError, DataError, PreflightError, ShoalError
+from shoal.configs.errors import (
+    ConfigError,
+    DataError,
+    PreflightError,
+    ShoalError,
+    StoppedOnRequest,
+)
 from shoal.configs.load import config_hash, dump_config
 from shoal.configs.schema import RunConfig
+from shoal.launcher.endings import Interrupted
 from shoal.launcher.fanout import run_attempt
 from shoal.launcher.findings import Facts, Finding, judge_host
 from shoal.launcher.greeting import NoAnswerError, ask_host
@@ -188,7 +195,13 @@ def start_ranks(hosts: Sequence[Host], argv: Sequence[str], config: RunConfig) -
         ShoalError: as a training would.
     """
     if len(hosts) == 1 and is_local(hosts[0].name):
-        launch_ranks(hosts[0].slots, argv, threads=config.world.threads)
+        launch_ranks(
+            hosts[0].slots,
+            argv,
+            threads=config.world.threads,
+            timeout=config.world.timeout_seconds,
+            environment=hosts[0].device_variables,
+        )
         return
     with caught_signals() as caught:
         end = run_attempt(hosts, argv, config.world, run_folder(config), caught, lambda: False)
@@ -204,8 +217,12 @@ def _probe(config: RunConfig, hosts: Sequence[Host]) -> Finding:
     try:
         start_ranks(hosts, ["--probe", str(out)], config)
         found = json.loads(out.read_text(encoding="utf-8"))
+    except (Interrupted, StoppedOnRequest):
+        raise
     except ShoalError as error:
         return Finding("all", "all-reduce", False, str(error).splitlines()[0], error.fix)
+    except (OSError, ValueError) as error:
+        return Finding("all", "all-reduce", False, f"its result cannot be read: {error}")
     finally:
         out.unlink(missing_ok=True)
     seconds = time.monotonic() - begun

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from shoal.configs.errors import ConfigError, DataError, ShoalError
 from shoal.launcher.history import (
-    LOCK,
     count_bytes,
     find_damage,
     hold_run,
@@ -23,12 +22,12 @@ from shoal.launcher.history import (
     read_history,
 )
 from shoal.launcher.outcomes import find_leftovers
+from shoal.launcher.runs import read_run
 
 HOUR, DAY = 3600.0, 86400.0
 LOG_DAYS = 14
 CONTROL_FILES = (".check-*", ".greeting-*", ".probe.json", ".call-key", ".partial-*")
 """Of launchers, in the folder of a run; removed once they are an hour old."""
-OWNER = ".owner"
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,10 @@ def clean_runs(folder: Path, *, keep: int | None = None, dry_run: bool = False) 
         raise ConfigError("no such folder", where=folder, fix="shoal runs FOLDER --clean")
     removed, busy = [], []
     for run in list_runs(folder):
+        try:
+            read_run(run)
+        except ShoalError:  # other programs keep a config.yaml, too
+            continue
         with hold_run(run) as is_held:
             if not is_held:
                 busy.append(run)
@@ -87,16 +90,12 @@ def _find_in_run(run: Path, keep: int | None) -> Iterator[tuple[Path, str]]:
         for path in sorted(run.glob(pattern)):
             if _is_older(path, HOUR):
                 yield path, "left by a launcher"
-    for path in sorted((run / "logs").glob("*")):
+    for path in sorted((run / "logs").glob("attempt-" + 5 * "[0-9]")):
         if _is_older(path, LOG_DAYS * DAY):
             yield path, f"a log older than {LOG_DAYS} days"
     if keep is not None:
         for path in find_old_checkpoints(run, keep):
             yield path, f"older than the newest {keep}"
-    # Last, and only of runs long idle: whoever starts now has opened its lock, and made it new.
-    for path in (root / OWNER, root / LOCK, run / LOCK):
-        if path.exists() and _is_older(path, DAY):
-            yield path, "of a job that is gone"
 
 
 def find_old_checkpoints(run: Path, keep: int) -> list[Path]:

@@ -49,7 +49,7 @@ def judge_host(
         "reach": (None, _describe_answer(facts["seconds"]), ""),
         "software": _compare_versions(facts["versions"], first["versions"]),
         "config": _compare_config(facts),
-        "devices": _count_devices(host, facts["devices"]),
+        "devices": _count_devices(host, facts["devices"], first["devices"]),
         "clock": _read_clock(facts["skew"], limit),
         "run folder": _judge_folder(facts, config),
         "disk": _weigh_disk(facts, config),
@@ -108,15 +108,22 @@ def _compare_config(facts: Facts) -> Verdict:
     )
 
 
-def _count_devices(host: Host, devices: Facts) -> Verdict:
-    fix = f"write {host.name} slots={devices['count']}, or set CUDA_VISIBLE_DEVICES= for CPU ranks"
+def _count_devices(host: Host, devices: Facts, first: Facts) -> Verdict:
+    count = devices["count"]
+    fix = f"write {host.name} slots={count}, or set CUDA_VISIBLE_DEVICES= for CPU ranks"
     if devices["error"]:
         return devices["error"], "", "see `nvidia-smi` there; a newer driver or an older PyTorch"
-    if not devices["count"]:
+    if bool(count) != bool(first["count"]):
+        problem = f"{count or 'no'} GPUs, and {first['count'] or 'none'} on the first host"
+        return problem, "", "leave it out, or set CUDA_VISIBLE_DEVICES= for CPU ranks on all hosts"
+    if not count:
         return None, f"no GPU: {host.slots} CPU ranks on {devices['cores']} cores", fix
-    text = f"{devices['count']} x {(devices['names'] or ['GPU'])[0]}"
-    few = devices["count"] < host.slots
-    return f"{text}, and {host.slots} ranks are asked for" if few else None, text, fix
+    text = f"{count} x {(devices['names'] or ['GPU'])[0]}"
+    highest = max(host.devices or range(host.slots))
+    if highest >= count:
+        asked = f"slot {highest} is chosen" if host.devices else f"{host.slots} ranks are asked for"
+        return f"{text}, and {asked}", "", fix
+    return None, text, fix
 
 
 def _read_clock(skew: float, limit: float) -> Verdict:

@@ -115,8 +115,11 @@ def hold_run(folder: Path) -> Iterator[bool]:
     """Keep others from training a run for a while; gives False where somebody does already."""
     try:
         file = (folder / LOCK).open("r+")
-    except OSError:  # never trained, or not ours to write: then nobody here can disturb it
+    except FileNotFoundError:  # never trained
         yield True
+        return
+    except OSError:  # not ours to write: who has it may train it
+        yield False
         return
     with file:
         try:

@@ -23,7 +23,7 @@ from shoal.launcher.check import (
     findings_table,
 )
 from shoal.launcher.drivers import find_xids, parse_query
-from shoal.launcher.findings import Finding
+from shoal.launcher.findings import Finding, _count_devices
 from shoal.launcher.hosts import Host
 from shoal.launcher.inspection import Request, find_shared_leftovers, inspect
 from shoal.launcher.meeting import Listener, open_meeting, try_meeting
@@ -199,7 +199,8 @@ H100 = {"count": 1, "names": ["H100"], "error": None, "cores": 2}
 BAD: dict[str, tuple[str, Any, str]] = {
     "software": ("versions", {"python": "3.11", "torch": "2.0", "NCCL": "2.1"}, "NCCL 2.1, on the"),
     "config": ("config", "abc", "reads the config as abc"),
-    "devices": ("devices", H100, "2 ranks are asked"),
+    "devices: other": ("devices", H100, "1 GPUs, and none on the first host"),
+    "devices: broken": ("devices", {**NO_GPU, "error": "driver too old?"}, "driver too old?"),
     "clock": ("skew", 99.0, "99 s off"),
     "run folder": ("shares", False, "does not share the run folder"),
     "run folder: read-only": ("writes", "Read-only file system", "Read-only file system"),
@@ -254,6 +255,20 @@ def test_what_is_bad_is_said_with_its_remedy(
     with pytest.raises(kind) as caught:
         check_before_start(hosts, config)
     assert (caught.value.where, caught.value.fix) == ("n2.invalid", one.fix)
+
+
+@pytest.mark.parametrize(
+    ("host", "problem"),
+    [
+        (Host("n1.invalid", 2), None),
+        (Host("n1.invalid", 3), "2 x H100, and 3 ranks are asked for"),
+        (Host("n1.invalid", 1, (1,)), None),
+        (Host("n1.invalid", 1, (2,)), "2 x H100, and slot 2 is chosen"),
+    ],
+)
+def test_ranks_have_devices(host: Host, problem: str | None) -> None:
+    devices = {**H100, "count": 2}
+    assert _count_devices(host, devices, devices)[0] == problem
 
 
 def test_small_shared_memory_matters_to_several_gpus(

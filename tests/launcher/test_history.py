@@ -237,20 +237,21 @@ def leave_behind(run: Path) -> dict[str, Path]:
     paths = {
         "partial": run / "checkpoints" / ".partial-step-00000099-ab",
         "key": run / ".call-key",
-        "log": run / "logs" / "n2.log",
+        "log": run / "logs" / "attempt-00001",
     }
-    paths["partial"].mkdir(parents=True)
+    for name in ("partial", "log"):
+        paths[name].mkdir(parents=True)
     (paths["partial"] / "rank-00000.safetensors").write_bytes(b"x" * 1000)
-    (run / "logs").mkdir()
-    for name in ("key", "log"):
-        paths[name].write_text("x" * 10)
+    (paths["log"] / "rank-00000.log").write_text("x" * 10)
+    paths["key"].write_text("x" * 10)
     return paths
 
 
 def test_leftovers_go_and_nothing_else(make_run: Make, tmp_path: Path) -> None:
     run, root = make_run(), tmp_path / "runs"
     left = leave_behind(run)
-    (run / "logs" / "new.log").write_text("new")
+    (run / "logs" / "attempt-00002").mkdir()
+    (run / "logs" / "mine.txt").write_text("no log of ours")
     killed = tmp_path / "tmp" / "shoal-dead"
     killed.mkdir()
     (killed / "alive.lock").touch()
@@ -259,17 +260,30 @@ def test_leftovers_go_and_nothing_else(make_run: Make, tmp_path: Path) -> None:
         file.write_text("")
     fresh = clean_runs(root, dry_run=True)
     assert {one.path for one in fresh.removed} == {left["partial"], killed}, "the rest is too new"
-    make_old(left["key"], left["log"], *locks)
+    make_old(left["key"], left["log"], run / "logs" / "mine.txt", *locks)
     before = sorted(root.rglob("*"))
     planned = clean_runs(root, dry_run=True)
     assert sorted(root.rglob("*")) == before
     done = clean_runs(root)
     assert done == planned
-    assert {one.path for one in done.removed} == {*left.values(), killed, *locks}
+    assert {one.path for one in done.removed} == {*left.values(), killed}
     assert sum(one.bytes for one in done.removed) == 1000 + 10 + 10
-    gone = {*left.values(), left["partial"] / "rank-00000.safetensors", *locks}
+    gone = {*left.values(), left["partial"] / "rank-00000.safetensors"}
+    gone |= {left["log"] / "rank-00000.log"}
     assert set(before) - set(root.rglob("*")) == gone
     assert clean_runs(root).removed == []
+
+
+def test_folders_of_other_programs_are_not_touched(make_run: Make, tmp_path: Path) -> None:
+    make_run()
+    other = tmp_path / "runs" / "other"
+    left = leave_behind(other)
+    (other / "config.yaml").write_text("defaults: [db: mysql]\n")
+    (other / ".lock").touch()
+    make_old(*left.values(), other / ".lock")
+    before = sorted(other.rglob("*"))
+    assert clean_runs(tmp_path / "runs").removed == []
+    assert sorted(other.rglob("*")) == before
 
 
 def test_a_run_in_training_is_not_touched(
