@@ -40,9 +40,7 @@ def remote_command(folder: Path, *words: str) -> str:
     """Return what the shell of another machine runs; it has the same folders as this one."""
     path = os.environ.get("PYTHONPATH")  # needed before there is anybody to tell
     said = {"PYTHONPATH": path} if path else {}
-    if (
-        os.environ.get("CUDA_VISIBLE_DEVICES") == ""
-    ):  # CPU ranks are wanted
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":  # CPU ranks are wanted
         said["CUDA_VISIBLE_DEVICES"] = ""
     env = ["env", *(f"{name}={value}" for name, value in said.items())] if said else []
     return f"cd {shlex.quote(str(folder))} && exec {shlex.join([*env, *guard_command(*words)])}"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoal.configs.errors import ConfigError, DataError
+from shoal.configs.errors import ConfigError, DataError, ShoalError
 from shoal.configs.load import build_config, config_hash
 from shoal.configs.schema import KernelConfig, ModelConfig, RunConfig
 from shoal.launcher.corpus import Corpus, open_corpus
@@ -81,6 +81,7 @@ def _find_trained(
     """Return a run's newest whole checkpoint, its manifest and the config it was trained with."""
     from shoal.trainer.checkpoint import newest_checkpoint
 
+    _bring_newest(run / "checkpoints", warn)
     found = newest_checkpoint(run / "checkpoints", warn=warn)
     if found is None:
         raise DataError("has no checkpoint yet", where=run, fix=f"shoal train {run / CONFIG_FILE}")
@@ -93,6 +94,34 @@ def _find_trained(
             fix=f"train the rest: shoal train {run / CONFIG_FILE}",
         )
     return folder, manifest, config
+
+
+def _bring_newest(root: Path, warn: Callable[[str], None]) -> None:
+    """Fetch the newest checkpoint of a run that has stopped, if it is elsewhere.
+
+    Raises:
+        DataError: it is on another host, or cannot be had.
+    """
+    from shoal.trainer.aside import ELSEWHERE
+    from shoal.trainer.checkpoint import list_checkpoints
+    from shoal.trainer.objects import Objects
+
+    note = root / ELSEWHERE
+    newest = note.read_text(encoding="utf-8") if note.is_file() else ""
+    place, _, name = newest.rpartition("/")
+    if name <= max((folder.name for folder in list_checkpoints(root)), default=""):
+        return
+    fix = f"copy it to {root}; or remove {note} to take what is there"
+    if "://" not in newest:
+        raise DataError(f"the newest checkpoint is {newest}", where=root, fix=fix)
+    warn(f"fetching {newest}")
+    try:
+        Objects(place).fetch(name, root)
+    except ShoalError:
+        raise
+    except Exception as error:  # every driver has its own
+        cause = f"the newest checkpoint cannot be fetched: {type(error).__name__}: {error}"
+        raise DataError(cause, where=newest, fix=fix) from None
 
 
 def _describe_run(run: Path, config: RunConfig, step: int, shards_hash: str) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from shoal.launcher.outcomes import JOB_VARIABLE
 from shoal.launcher.output import next_log_folder
 from shoal.launcher.processes import HANG_GRACE_SECONDS
 from shoal.launcher.watchdog import WHY_NOT_MET
+from shoal.trainer.aside import REFUSED_VARIABLE
 
 BEAT_SECONDS = 5.0
 LOOK_SECONDS = 0.2
@@ -41,7 +42,8 @@ CLOSE_SECONDS = 15.0
 FORWARDED = ("NCCL_", "GLOO_", "UCX_", "FI_", "TORCH_", "PYTORCH_", "TORCHINDUCTOR_", "TRITON_",
              "CUBLAS_", "NVIDIA_TF32_OVERRIDE", "CUDA_LAUNCH_BLOCKING",
              "CUDA_DEVICE_MAX_CONNECTIONS", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE",
-             "DS_ACCELERATOR", "TOKENIZERS_PARALLELISM", JOB_VARIABLE)  # fmt: skip
+             "DS_ACCELERATOR", "TOKENIZERS_PARALLELISM", JOB_VARIABLE,
+             REFUSED_VARIABLE)  # fmt: skip
 
 
 class HostLostError(ShoalError):

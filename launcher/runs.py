@@ -47,8 +47,8 @@ def check_may_begin(config: RunConfig) -> None:
     Raises:
         ConfigError: checkpoint.resume is `never` and there is a checkpoint.
     """
-    from shoal.trainer.bucket import list_published
     from shoal.trainer.checkpoint import list_checkpoints
+    from shoal.trainer.objects import list_published
 
     if config.checkpoint.resume != "never":
         return

@@ -9,6 +9,7 @@ import sys
 import time
 import uuid
 from collections.abc import Sequence
+from pathlib import Path
 
 from shoal.configs.errors import (
     ConfigError,
@@ -34,6 +35,7 @@ from shoal.launcher.processes import any_gone, changed_environment, launch_ranks
 from shoal.launcher.runs import run_folder
 from shoal.launcher.screen import newest_checkpoint, newest_checkpoint_note, show_error
 from shoal.launcher.world import caught_signals, seconds_to_train
+from shoal.trainer.aside import ELSEWHERE, REFUSED_VARIABLE, RESUMED, read_resumed
 from shoal.trainer.storage import write_text
 
 FINAL = (
@@ -82,22 +84,13 @@ class _Job:
         self.watched, self.caught = watched, caught
         self._stop_at = time.monotonic() + seconds_to_train(self.world)
         self._is_late = False
+        self._checkpoints = self.folder / "checkpoints"
+        self._refusal: dict[str, str] = {}
+        """Tells ranks which checkpoint to leave out."""
+        self._refused_at: list[tuple[str, int]] = []
 
     def run(self) -> None:
-        """Make attempts until one succeeds; a checkpoint set aside in vain gets its name back."""
-        try:
-            self._run()
-        except StoppedOnRequest:  # goes on from where it is
-            raise
-        except ShoalError:
-            checkpoints = self.folder / "checkpoints"
-            if any(checkpoints.glob(".suspect-*")):
-                from shoal.trainer.aside import put_back
-
-                put_back(checkpoints)
-            raise
-
-    def _run(self) -> None:
+        """Make attempts until one succeeds."""
         attempts = self.world.max_restarts + 1
         check_before_start(self.hosts, self.config)
         self._heed_request()
@@ -121,23 +114,42 @@ class _Job:
         raise self._exhausted(f"{attempts} attempts failed")
 
     def _go_back(self, error: ShoalError) -> bool:
-        """Set the newest checkpoint aside; return whether there is an older one to go on from.
+        """Leave out the checkpoint that failed; return whether there is an older one to go on from.
 
         Once, until training has got past it. Not for hosts that are lost or do not find each
-        other: that is none of its doing.
+        other: that is none of its doing. Where this machine does not see what the ranks went on
+        from, there is nothing to tell them.
         """
-        if isinstance(error, (HostLostError, NotMetError)):
+        if isinstance(error, (HostLostError, NotMetError)) or self._refusal:
             return False
-        from shoal.trainer.aside import set_newest_aside
-
-        found = set_newest_aside(self.folder / "checkpoints")
-        if found is None:
+        failed = read_resumed(self._checkpoints)
+        older = [name for name in self._list_saved() if name < failed]
+        if not older:
             return False
-        newest, older = found
-        self._say(
-            f"the same failure twice from {newest.name}: it is set aside, {older.name} is next"
-        )
+        self._refusal, self._refused_at = {REFUSED_VARIABLE: failed}, self._last_save()
+        self._say(f"the same failure twice from {failed}: it is left out, {older[-1]} is next")
         return True
+
+    def _list_saved(self) -> list[str]:
+        """Return the names of the checkpoints of the run, oldest first."""
+        from shoal.trainer.checkpoint import list_checkpoints
+        from shoal.trainer.objects import list_published
+
+        kept = self.config.checkpoint
+        if not kept.folder:
+            return [folder.name for folder in list_checkpoints(self._checkpoints)]
+        try:
+            return list_published(f"{kept.folder.rstrip('/')}/{self.config.name}")
+        except Exception as error:  # every driver has its own
+            self._say(f"{kept.folder} cannot be read: {type(error).__name__}: {error}")
+            return []
+
+    def _last_save(self) -> list[tuple[str, int]]:
+        """Return what is another as soon as the ranks have saved again."""
+        found = sorted(self._checkpoints.glob("step-*/manifest.json"))[-1:]
+        if self.config.checkpoint.folder:  # what is here was only brought here
+            found = list(self._checkpoints.glob(ELSEWHERE))
+        return [(str(file), file.stat().st_mtime_ns) for file in found]
 
     def _sign(self, error: ShoalError) -> tuple[object, ...]:
         """Return what is equal for a failure that happens again without any progress."""
@@ -157,6 +169,13 @@ class _Job:
         file = self.folder / "launch.yaml"
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(file, dump_config(self.config))
+        (self._checkpoints / RESUMED).unlink(missing_ok=True)
+        if self._last_save() != self._refused_at:
+            self._refusal = {}
+        with changed_environment(self._refusal):
+            return self._start(file)
+
+    def _start(self, file: Path) -> AttemptEnd:
         if len(self.hosts) > 1 or not is_local(self.hosts[0].name):
             return run_attempt(
                 self.hosts, [str(file)], self.world, self.folder, self.caught, self._gone

@@ -5,6 +5,7 @@ Bytes travel from rank to rank in a group of their own, aside of training.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -13,12 +14,33 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from shoal.configs.errors import DataError
-from shoal.trainer.checkpoint import MANIFEST, StoredFile, list_checkpoints, verify_file
-from shoal.trainer.storage import CHUNK_BYTES, sync
-from shoal.trainer.stores import SharedFolder, Word, find_places
+from shoal.configs.errors import DataError, PreflightError
+from shoal.trainer.aside import ELSEWHERE, read_resumed
+from shoal.trainer.checkpoint import (
+    MANIFEST,
+    Manifest,
+    Retention,
+    StoredFile,
+    checkpoint_name,
+    list_checkpoints,
+    read_manifest,
+    verify_file,
+)
+from shoal.trainer.storage import CHUNK_BYTES, sync, write_text
+from shoal.trainer.stores import (
+    OWNER,
+    SharedFolder,
+    Word,
+    drop_fetched,
+    find_places,
+    refuse_older,
+    replace_folder,
+)
 from shoal.trainer.teamwork import Progress, Tick, gather
+
+Trouble = DataError | OSError
 
 
 class OwnDisks(SharedFolder):
@@ -35,19 +57,44 @@ class OwnDisks(SharedFolder):
         super().__init__(root, timeout)
         self.every = every
         self.group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        self.newest = ""
+        """Where the newest checkpoint on this rank's disk is, as other hosts name it."""
 
     @property
     def keepers(self) -> list[int]:
         """The ranks that publish: the first of every place, or rank 0 alone."""
         return sorted(set(self.places)) if self.every else [0]
 
+    @property
+    def address(self) -> str:
+        """This rank's folder, as other hosts name it."""
+        return f"{socket.gethostname()}:{self.root}"
+
+    def needed_bytes(self, total: int, own: int) -> int:
+        """Return the bytes that the next save takes here: all of it on hosts that keep it."""
+        return total if self.place in self.keepers else own * len(self.neighbours)
+
     def claim(self, token: str) -> None:
-        """Take over the folder of every host; collective."""
+        """Take over the folder of every host; collective.
+
+        Raises:
+            PreflightError: newer ones were in object storage, or on a host that is not there.
+        """
         self.token = token
         self.places = find_places(self.root, token)
+        raise_if_behind(self.root, self._tell_folder())
         if self.place == self.rank:
             self._take()
+        if names := self.list_names():
+            self.newest = f"{self.address}/{names[-1]}"
         gather(None)
+
+    def _tell_folder(self) -> tuple[str, str, str]:
+        """Return what the folder knows of, its address unless it is new, and its newest."""
+        note = self.root / ELSEWHERE
+        known = note.read_text(encoding="utf-8") if note.is_file() else ""
+        address = self.address if (self.root / OWNER).is_file() else ""
+        return known, address, max(self.list_names(), default="")
 
     def give_up(self, aside: Path) -> None:
         """Let the others know that this rank has no file to hand in."""
@@ -57,14 +104,11 @@ class OwnDisks(SharedFolder):
         self, aside: Path, file: str, word: Word, wanted: Callable[[], bool]
     ) -> list[Word] | None:
         """Pass this rank's file to the keepers; return all ranks' words on those."""
-        words = self._exchange(word)
-        if None in words:
+        told = self._exchange((word, self.newest))
+        if None in told:
             return None
-        trouble = None
-        try:
-            self._pass_all(aside, words)
-        except (DataError, OSError) as error:
-            trouble = error
+        words = [word for word, _ in told]
+        trouble = self._pass_all(aside, words)
         # No keeper gives the folder its name while a neighbour still reads from it.
         if any(self._exchange(str(trouble) if trouble else None)):
             if trouble:
@@ -74,15 +118,35 @@ class OwnDisks(SharedFolder):
             (aside / file).unlink()
             with suppress(OSError):  # the last neighbour removes it
                 aside.rmdir()
+            if self.place == self.rank:
+                self._note(told[self.keepers[0]][1])
         return words if self.rank in self.keepers else None
 
-    def _pass_all(self, aside: Path, words: Sequence[Word]) -> None:
+    def _note(self, newest: str) -> None:
+        """Remember what the first host has; what was brought here from there may go."""
+        if newest:
+            write_text(self.root / ELSEWHERE, newest)
+            drop_fetched(self.root, read_resumed(self.root))
+
+    def _pass_all(self, aside: Path, words: Sequence[Word]) -> Trouble | None:
+        """Pass every file to whom it is for; return this rank's first trouble, after all of them.
+
+        An error that ended it at once would leave the others waiting for what is still to come.
+        """
+        trouble: Trouble | None = None
         for rank, word in enumerate(words):
             receivers = [keeper for keeper in self.keepers if keeper != self.places[rank]]
             for name, facts in word["files"].items():
-                self._pass(aside / name, facts["bytes"], rank, receivers)
-                if self.rank in receivers:
-                    verify_file(aside / name, StoredFile(**facts))
+                found = self._pass(aside / name, facts["bytes"], rank, receivers, self.tick)
+                trouble = trouble or found
+                if self.rank in receivers and trouble is None:
+                    trouble = attempt(verify_file, aside / name, StoredFile(**facts), self.tick)
+        return trouble
+
+    def publish(self, aside: Path, manifest: Manifest, rule: Retention) -> None:
+        """Give the folder its name, as in a shared one."""
+        super().publish(aside, manifest, rule)
+        self.newest = f"{self.address}/{checkpoint_name(manifest.step)}"
 
     def close(self, name: str, progress: Progress, device: torch.device) -> None:
         """Leave the group in which bytes travelled."""
@@ -92,66 +156,112 @@ class OwnDisks(SharedFolder):
         """Return the names of what is on this rank's disk."""
         return [folder.name for folder in list_checkpoints(self.root)]
 
-    def mend(self, name: str, sound: Collection[int], tick: Tick) -> bool:
-        """Bring a checkpoint from the first host that has it to those that do not."""
-        if not sound:
-            return False
+    def can_mend(self, sound: Collection[int]) -> bool:
+        """Whether any host has it."""
+        return bool(sound)
+
+    def mend(self, name: str, sound: Collection[int], tick: Tick) -> None:
+        """Bring a checkpoint from the first host that has it to those that do not.
+
+        Raises:
+            OSError: it cannot be read, or written.
+        """
         source = min(sound)
         receivers = sorted(set(self.places) - set(sound))
         if self.rank != source and self.rank not in receivers:
-            return True
-        found = self.root / name
-        files = sorted(file.name for file in found.iterdir()) if self.rank == source else []
-        aside = found if self.rank == source else self.root / f".partial-{name}-{self.token}"
-        aside.mkdir(exist_ok=True)
+            return
+        final = self.root / name
+        files = [MANIFEST, *read_manifest(final).files] if self.rank == source else []
+        aside = final if self.rank == source else self.aside_of(name)
+        trouble: Trouble | None = None
         for receiver in receivers:
-            told: list[Any] = [[(file, (found / file).stat().st_size) for file in files]]
+            told: list[Any] = [[(f, (final / f).stat().st_size) for f in files], self.address]
             if self.rank == source:
                 dist.send_object_list(told, receiver, group=self.group)
             elif self.rank == receiver:
                 dist.recv_object_list(told, source, group=self.group)
+                if receiver not in self.keepers:
+                    trouble = attempt(mark_fetched, aside, f"{told[1]}/{name}")
             if self.rank in (source, receiver):
                 for file, size in told[0]:
-                    self._pass(aside / file, size, source, [receiver], tick)
+                    found = self._pass(aside / file, size, source, [receiver], tick)
+                    trouble = trouble or found
+        if trouble:
+            raise trouble
         if self.rank in receivers:
-            self._name(aside, found)
-        return True
+            replace_folder(aside, final)
 
-    def _name(self, aside: Path, final: Path) -> None:
-        if not (aside / MANIFEST).is_file():
-            raise DataError("came without its manifest", where=final)
-        sync(aside)
-        if final.exists():
-            final.rename(self.root / f".partial-old-{final.name}")
-        aside.rename(final)
-        sync(self.root)
-
-    def _exchange(self, word: Word | str | None) -> list[Any]:
+    def _exchange(self, word: object) -> list[Any]:
         words: list[Any] = [None] * self.ranks
         dist.all_gather_object(words, word, group=self.group)
         return words
 
     def _pass(
-        self,
-        file: Path,
-        size: int,
-        sender: int,
-        receivers: Sequence[int],
-        tick: Tick = lambda: None,
-    ) -> None:
-        """Send a file from one rank to others, a chunk at a time."""
-        if self.rank == sender and receivers:
-            with file.open("rb") as stream:
-                while data := stream.read(CHUNK_BYTES):
-                    chunk = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                    for receiver in receivers:
-                        dist.send(chunk, receiver, group=self.group)
-                    tick()
-        elif self.rank in receivers:
-            with file.open("wb") as stream:
-                for first in range(0, size, CHUNK_BYTES):
-                    chunk = torch.empty(min(CHUNK_BYTES, size - first), dtype=torch.uint8)
-                    dist.recv(chunk, sender, group=self.group)
-                    stream.write(chunk.numpy().tobytes())
-                    tick()
-            sync(file)
+        self, file: Path, size: int, sender: int, receivers: Sequence[int], tick: Tick
+    ) -> Trouble | None:
+        """Send a file from one rank to others, a chunk at a time; return what a disk refuses.
+
+        The rest then travels all the same, as zeros, and is dropped: nobody is left waiting.
+        """
+        if not receivers or self.rank not in (sender, *receivers):
+            return None
+        trouble: Trouble | None = None
+        for first in range(0, size, CHUNK_BYTES):
+            chunk = torch.zeros(min(CHUNK_BYTES, size - first), dtype=torch.uint8)
+            if self.rank == sender:
+                trouble = trouble or attempt(read_at, file, first, chunk)
+                for receiver in receivers:
+                    dist.send(chunk, receiver, group=self.group)
+            else:
+                dist.recv(chunk, sender, group=self.group)
+                trouble = trouble or attempt(write_at, file, first, chunk)
+            tick()
+        if self.rank in receivers:
+            trouble = trouble or attempt(sync, file)
+        return trouble
+
+
+def raise_if_behind(root: Path, told: tuple[str, str, str]) -> None:
+    """Refuse a start from less than some host knows of; collective.
+
+    What a host that is there has, it knows best itself, unless its disk is a new one.
+
+    Raises:
+        PreflightError: names where the newest is.
+    """
+    every = gather(told)
+    present = {address for _, address, _ in every}
+    known = [note for note, _, _ in every if note.rpartition("/")[0] not in present]
+    newest = max(known, key=lambda note: note.rpartition("/")[2], default="")
+    if newest.rpartition("/")[2] > max(name for _, _, name in every):
+        error: PreflightError = refuse_older(newest, root)
+        raise error
+
+
+def attempt(work: Callable[..., object], *given: object) -> Trouble | None:
+    """Do what a disk may refuse; return its trouble."""
+    try:
+        work(*given)
+    except (DataError, OSError) as error:
+        return error
+    return None
+
+
+def read_at(file: Path, first: int, chunk: Tensor) -> None:
+    """Read a part of a file that starts at byte `first`."""
+    with file.open("rb") as stream:
+        stream.seek(first)
+        stream.readinto(chunk.numpy().data)
+
+
+def write_at(file: Path, first: int, chunk: Tensor) -> None:
+    """Write the next part of a file; the first one makes it anew."""
+    file.parent.mkdir(exist_ok=True)
+    with file.open("ab" if first else "wb") as stream:
+        stream.write(chunk.numpy().data)
+
+
+def mark_fetched(aside: Path, where: str) -> None:
+    """Say in a checkpoint that is brought here where it is from."""
+    aside.mkdir(exist_ok=True)
+    write_text(aside / ELSEWHERE, where)

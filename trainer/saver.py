@@ -81,6 +81,7 @@ class Saver:
         self._sound, self._left = True, False
         self._ticks = 0
         """How often the thread has got further."""
+        store.tick = self._tick
         self._kept: dict[str, Tensor] = {}
         """Memory of the copies, used again: to get it anew takes as long as to copy."""
 
@@ -208,9 +209,7 @@ class Saver:
         self._left = True
 
     def _write(self, part: _Part) -> None:
-        aside = (
-            self.store.root / f".partial-{checkpoint_name(part.head['step'])}-{self.store.token}"
-        )
+        aside = self.store.aside_of(checkpoint_name(part.head["step"]))
         try:
             self._write_aside(part, aside)
         except BaseException as error:  # raised where training can see it

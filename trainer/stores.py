@@ -5,11 +5,13 @@ Every store has a local folder, in which a rank writes its part aside of trainin
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
+import socket
 import time
-from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from shoal.configs.errors import PreflightError, ShoalError
-from shoal.trainer.aside import hold_folder, remove_suspects
+from shoal.trainer.aside import ELSEWHERE
 from shoal.trainer.checkpoint import (
     MANIFEST,
     Manifest,
@@ -30,8 +32,7 @@ from shoal.trainer.storage import sync, write_text
 from shoal.trainer.teamwork import LOOK_SECONDS, Progress, Tick, gather, raise_together
 
 OWNER = ".owner"
-ELSEWHERE = ".elsewhere"
-"""Says where the newest one is, if that was not here."""
+LOCK = ".lock"
 Word = dict[str, Any]
 
 
@@ -50,6 +51,10 @@ class SharedFolder:
         self.token = ""
         self.places = [0] * self.ranks
         """For every rank the first one that sees the same `root`."""
+        self.refused = ""
+        """The checkpoint that a start leaves out; until one has been published since."""
+        self.tick: Tick = lambda: None
+        """Called whenever a file gets further on its way there."""
 
     @property
     def place(self) -> int:
@@ -66,12 +71,33 @@ class SharedFolder:
         """The name of this rank's file."""
         return f"rank-{self.rank:05d}.safetensors"
 
+    def aside_of(self, name: str) -> Path:
+        """Return the folder in which a checkpoint is written, or brought, until it is whole."""
+        return self.root / f".partial-{name}-{self.token}"
+
+    def needed_bytes(self, total: int, own: int) -> int:
+        """Return the bytes that the next save takes on this rank's disk.
+
+        Args:
+            total: Bytes of the whole checkpoint.
+            own: Bytes of this rank's part.
+        """
+        return total
+
     def list_names(self) -> list[str]:
         """Return the names of the checkpoints that this rank is to know of."""
         return [folder.name for folder in list_checkpoints(self.root)] if self.rank == 0 else []
 
-    def mend(self, name: str, sound: Collection[int], tick: Tick) -> bool:
-        """Bring a checkpoint where it is not sound; return whether that could be tried.
+    def read_digest(self, name: str) -> str | None:
+        """Return which checkpoint of that name is meant, by its manifest; None: what is here."""
+        return None
+
+    def can_mend(self, sound: Collection[int]) -> bool:
+        """Whether a checkpoint that `sound` places have can be brought to the others."""
+        return False
+
+    def mend(self, name: str, sound: Collection[int], tick: Tick) -> None:
+        """Bring a checkpoint where it is not sound, if `can_mend`.
 
         Called by all ranks, aside of training.
 
@@ -79,8 +105,10 @@ class SharedFolder:
             name: Of the checkpoint.
             sound: The places that have it.
             tick: Called whenever it gets further.
+
+        Raises:
+            DataError: it cannot be had whole.
         """
-        return False
 
     def close(self, name: str, progress: Progress, device: torch.device) -> None:
         """See that the last checkpoint of a run that is done is here too; collective."""
@@ -97,7 +125,8 @@ class SharedFolder:
         and removes nothing any more: the folder names its owner.
 
         Raises:
-            PreflightError: it is not one folder for all ranks; names the host of one that is apart.
+            PreflightError: it is not one folder for all ranks (names the host of one apart),
+                or the run has gone further elsewhere.
         """
         self.token = token
         if self.rank == 0:
@@ -132,7 +161,6 @@ class SharedFolder:
         """
         (aside / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
         sync(aside / MANIFEST)
-        sync(aside)
         final = self.root / checkpoint_name(manifest.step)
         with hold_folder(self.root, self.timeout):
             if (self.root / OWNER).read_text(encoding="utf-8") != self.token:
@@ -140,19 +168,19 @@ class SharedFolder:
                     "another attempt of this run has taken over: this one publishes nothing more",
                     where=self.root,
                 )
-            if final.exists():  # done again after going back, or damaged
-                final.rename(self.root / f".partial-old-{final.name}")
-            aside.rename(final)
-            sync(self.root)
+            replace_folder(aside, final)  # done again after going back, or damaged
+            self.refused = ""
             remove_old(self.root, rule, manifest.step)
-            remove_suspects(self.root, manifest.step)
 
     def _take(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
         with hold_folder(self.root, self.timeout):
-            for leftover in self.root.glob(".partial-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+            self._clear()
             write_text(self.root / OWNER, self.token)
+
+    def _clear(self) -> None:
+        for leftover in self.root.glob(".partial-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def _find_newer(self) -> PreflightError | None:
         """Return what is wrong if the run has gone further elsewhere."""
@@ -161,16 +189,10 @@ class SharedFolder:
         names = [folder.name for folder in list_checkpoints(self.root)]
         if newest.rpartition("/")[2] <= max(names, default=""):
             return None
-        return PreflightError(
-            f"the newest checkpoint of this run is {newest}",
-            where=self.root,
-            fix=f"checkpoint.folder={newest.rsplit('/', 2)[0]}, or copy it here",
-        )
+        return refuse_older(newest, self.root)
 
     def _check_shared(self) -> None:
         """Refuse ranks that cannot see what the first one has just written."""
-        import socket
-
         file = self.root / OWNER
         seen = file.is_file() and file.read_text(encoding="utf-8") == self.token
         for rank, host in enumerate(gather(None if seen else socket.gethostname())):
@@ -207,7 +229,9 @@ def wait_for(
     deadline = time.monotonic() + timeout
     left = list(names)
     while left := [name for name in left if not exists(name)]:
-        if time.monotonic() > deadline or not wanted():
+        if not wanted():
+            raise ShoalError("no longer waits for the other ranks: something has failed")
+        if time.monotonic() > deadline:
             raise ShoalError(
                 f"{len(left)} ranks have not written their part in {timeout:.0f} s, "
                 f"the first is {left[0].removesuffix('.json')}",
@@ -215,6 +239,64 @@ def wait_for(
                 fix="see to the disk of that rank; is the folder really shared?",
             )
         time.sleep(LOOK_SECONDS)
+
+
+@contextmanager
+def hold_folder(root: Path, timeout: float = 600) -> Iterator[None]:
+    """Let one process at a time change which checkpoints there are.
+
+    Raises:
+        PreflightError: another has been at it for `timeout` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    with (root / LOCK).open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise PreflightError(
+                        "another process has been changing it for too long", where=root
+                    ) from None
+                time.sleep(LOOK_SECONDS)
+        yield
+
+
+def replace_folder(aside: Path, final: Path) -> None:
+    """Give a folder the name of a checkpoint; one of that name is moved away first."""
+    old = final.with_name(f".partial-old-{final.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    sync(aside)
+    if final.exists():
+        final.rename(old)
+    aside.rename(final)
+    sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def drop_fetched(root: Path, kept: str) -> None:
+    """Remove what was brought here from elsewhere, but the one named `kept`."""
+    for folder in list_checkpoints(root):
+        if folder.name != kept and (folder / ELSEWHERE).is_file():
+            old = folder.rename(root / f".partial-old-{folder.name}")
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def refuse_older(newest: str, root: Path) -> PreflightError:
+    """Return the error of a start that would fall behind what is known to be elsewhere.
+
+    Args:
+        newest: Address of the newest checkpoint in object storage, or HOST:FOLDER/step-N.
+        root: Folder that knows of it.
+    """
+    place = newest.rsplit("/", 2)[0]
+    there = f"checkpoint.folder={place}" if "://" in newest else "let that host be there again"
+    return PreflightError(
+        f"the newest checkpoint of this run is {newest}",
+        where=root,
+        fix=f"{there}, or copy it here; to go on from an older one, remove {root / ELSEWHERE}",
+    )
 
 
 def find_places(root: Path, token: str) -> list[int]:
@@ -226,6 +308,9 @@ def find_places(root: Path, token: str) -> list[int]:
     root.mkdir(parents=True, exist_ok=True)
     mark = root / f".seen-{token}-{rank}"
     mark.touch()
+    for old in root.glob(".seen-*"):
+        if not old.name.startswith(f".seen-{token}-"):  # of ranks that were killed here
+            old.unlink(missing_ok=True)
     gather(None)
     first = next(r for r in range(ranks) if (root / f".seen-{token}-{r}").exists())
     places = gather(first)

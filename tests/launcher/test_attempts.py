@@ -27,6 +27,8 @@ from shoal.launcher.commands import Way
 from shoal.launcher.endings import Interrupted
 from shoal.launcher.fanout import AttemptEnd, HostLostError
 from shoal.launcher.hosts import Host
+from shoal.trainer.aside import REFUSED_VARIABLE, note_resumed, read_resumed
+from shoal.trainer.checkpoint import checkpoint_name
 
 
 class Job:
@@ -104,25 +106,84 @@ def save(job: Job, *steps: int) -> None:
         (folder / "manifest.json").write_text("{}")
 
 
+def watch(job: Job, *resumed: int) -> list[str]:
+    """Let attempts go on from these steps, and return what each is told to leave out."""
+    told: list[str] = []
+    steps = list(resumed)
+
+    def begin() -> None:
+        told.append(os.environ.get(REFUSED_VARIABLE, ""))
+        root = Path(job.config.output) / job.config.name / "checkpoints"
+        assert not read_resumed(root), "that of another attempt"
+        note_resumed(root, checkpoint_name(steps.pop(0)))
+
+    job.before = begin
+    return told
+
+
 def test_what_fails_twice_from_a_checkpoint_goes_on_from_the_one_before(
     job: Job, capfd: pytest.CaptureFixture[str]
 ) -> None:
     save(job, 40, 50)
-    seen: list[list[str]] = []
-    job.before = lambda: seen.append(checkpoints(job))
+    told = watch(job, 50, 50, 40)
     job.ends = [(ShoalError("killed"), {}), (ShoalError("killed"), {}), (None, {})]
     job.run("n1.invalid")
-    assert seen[1:] == [["step-00000040", "step-00000050"], [".suspect-step-00000050", seen[0][0]]]
-    assert "step-00000050: it is set aside, step-00000040 is next" in capfd.readouterr().err
-    job.ends = [(ShoalError("killed"), {}), (ShoalError("killed"), {})]
+    assert told == ["", "", "step-00000050"]
+    assert "step-00000050: it is left out, step-00000040 is next" in capfd.readouterr().err
+    told = watch(job, 50, 50, 40)
+    job.ends = [(ShoalError("killed"), {})] * 3
     with pytest.raises(RetriesExhausted, match="the same failure twice"):
         job.run("n1.invalid")
-    assert checkpoints(job) == ["step-00000040", "step-00000050"], "that was not the reason"
+    assert told == ["", "", "step-00000050"], "the older one is no better: that was not the reason"
+    assert checkpoints(job) == ["step-00000040", "step-00000050"]
+
+
+def test_the_one_that_failed_is_left_out_and_not_the_newest(job: Job) -> None:
+    """The newest is damaged: attempts pass it over, and fail from the one before."""
+    save(job, 30, 40, 50)
+    told = watch(job, 40, 40, 30)
+    job.ends = [(ShoalError("killed"), {}), (ShoalError("killed"), {}), (None, {})]
+    job.run("n1.invalid")
+    assert told == ["", "", "step-00000040"]
+
+
+def test_a_checkpoint_written_since_is_not_left_out(job: Job) -> None:
+    job.config = job.config.model_copy(update={"world": WorldConfig(max_restarts=3)})
+    save(job, 40, 50)
+    told = watch(job, 50, 50, 40, 60)
+    begin, attempts = job.before, []
+
+    def before() -> None:
+        begin()
+        attempts.append(1)
+        if len(attempts) == 3:
+            save(job, 60)
+
+    job.before = before
+    job.ends = [(ShoalError("killed"), {})] * 2 + [(lost("n1.invalid"), {}), (None, {})]
+    job.run("n1.invalid")
+    assert told == ["", "", "step-00000050", ""]
+
+
+def test_checkpoints_in_object_storage_are_left_out_as_well(job: Job, tmp_path: Path) -> None:
+    kept = job.config.checkpoint.model_copy(update={"folder": f"file://{tmp_path}/bucket"})
+    job.config = job.config.model_copy(update={"checkpoint": kept})
+    for step in (40, 50):
+        folder = tmp_path / "bucket" / job.config.name / checkpoint_name(step)
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+    save(job, 50)  # as it was fetched
+    told = watch(job, 50, 50, 40)
+    job.ends = [(ShoalError("killed"), {}), (ShoalError("killed"), {}), (None, {})]
+    job.run("n1.invalid")
+    assert told == ["", "", "step-00000050"]
 
 
 @pytest.mark.parametrize("saved", [(), (50,)])
 def test_a_run_never_begins_anew_by_itself(saved: tuple[int, ...], job: Job) -> None:
     save(job, *saved)
+    if saved:
+        watch(job, 50, 50)
     job.ends = [(ShoalError("killed"), {}), (ShoalError("killed"), {})]
     with pytest.raises(RetriesExhausted, match="the same failure twice"):
         job.run("n1.invalid")
@@ -134,10 +195,11 @@ def test_a_checkpoint_is_not_suspected_for_what_the_network_does(
     error: ShoalError, job: Job
 ) -> None:
     save(job, 40, 50)
+    told = watch(job, 50, 50)
     job.ends = [(error, {}), (error, {})]
     with pytest.raises(RetriesExhausted):
         job.run("n1.invalid", "n2.invalid")
-    assert checkpoints(job) == ["step-00000040", "step-00000050"]
+    assert told == ["", ""]
 
 
 def test_the_same_failure_twice_ends_the_job(job: Job, capfd: pytest.CaptureFixture[str]) -> None:

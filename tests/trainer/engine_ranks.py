@@ -40,7 +40,8 @@ from shoal.configs.errors import DataError, ShoalError
 from shoal.configs.schema import RunConfig
 from shoal.data_pipeline.batch import PADDING_ROW, Batch
 from shoal.data_pipeline.loader import Loader
-from shoal.trainer import checkpoint, loop, resumption, saver, segment, teamwork
+from shoal.trainer import checkpoint, disks, loop, resumption, saver, segment, teamwork
+from shoal.trainer.disks import write_at
 from shoal.trainer.engine import Engine, start_process_group, stop_process_group
 from shoal.trainer.identity import check_same_on_ranks
 from shoal.trainer.optim import group_parameters, learning_rate
@@ -275,6 +276,8 @@ def run_loop(case: dict[str, Any], **more: Any) -> dict[str, Any]:
 
     if case.get("full", (None, 0))[0] == rank:
         saver.sync = partial(refuse_to_write, case["full"][1])
+    if case.get("refuse_part") == rank:
+        disks.write_at = refuse_part
     befall = flip_bit if "flip" in case else None
     source = more.pop("source", None)
     if source is None:
@@ -294,9 +297,13 @@ def run_loop(case: dict[str, Any], **more: Any) -> dict[str, Any]:
         error = [type(raised).__name__, str(raised)]
     finally:
         engine.close()
-        saver.sync = sync
+        saver.sync, disks.write_at = sync, write_at
     answer = {"error": error, "loss": loss, "rows": source.rows}
     return answer | ({"keys": gather_rows(source)} if "loader" in case else {})
+
+
+def refuse_part(file: Path, first: int, chunk: Tensor) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device", str(file))
 
 
 def refuse_to_write(step: int, path: Path) -> None:

@@ -1,17 +1,31 @@
 """Checkpoints elsewhere than in one shared folder: object storage, and disks of every host."""
 
+import hashlib
+import json
 import shutil
 import socket
+import time
 from pathlib import Path
 
 import fsspec
 import killed_savers
 import pytest
+import torch
 from loop_runs import STEPS, curve, make_case, steps_on_disk
 
-from shoal.configs.errors import ConfigError, PreflightError, ShoalError, StoppedOnRequest
-from shoal.trainer.bucket import Bucket, list_published
-from shoal.trainer.checkpoint import MANIFEST, Retention, verify_checkpoint
+from shoal.configs.errors import (
+    ConfigError,
+    DataError,
+    PreflightError,
+    ShoalError,
+    StoppedOnRequest,
+)
+from shoal.launcher import exports
+from shoal.trainer.aside import read_resumed
+from shoal.trainer.bucket import Bucket
+from shoal.trainer.checkpoint import Retention, verify_checkpoint
+from shoal.trainer.disks import OwnDisks
+from shoal.trainer.objects import list_published
 from shoal.trainer.resumption import find_checkpoint
 from shoal.trainer.saver import Saver
 from shoal.trainer.stores import SharedFolder
@@ -29,6 +43,17 @@ def save(writer, step, **more):
 @pytest.fixture(params=["memory", "file"])
 def url(request, tmp_path):
     return f"{request.param}://{tmp_path}/bucket"
+
+
+def find(store, **more):
+    return find_checkpoint(store, **more, device=torch.device("cpu"))
+
+
+def take(store):
+    """Claim a store, and return what a run would go on from there."""
+    Saver(store, Retention(2))
+    found = find(store)
+    return found and found[1].step
 
 
 def objects(url):
@@ -50,7 +75,7 @@ def test_a_checkpoint_goes_up_and_comes_down(url, tmp_path):
     assert (tmp_path / "a" / ".elsewhere").read_text() == f"{url}/step-00000003"
     store = Bucket(url, tmp_path / "b")
     Saver(store, Retention(2))
-    folder, manifest = find_checkpoint(store)
+    folder, manifest = find(store)
     assert folder == tmp_path / "b" / "step-00000003"
     assert verify_checkpoint(folder) == manifest and manifest.step == 3
 
@@ -68,10 +93,12 @@ def test_what_has_no_manifest_does_not_exist(url, tmp_path, monkeypatch):
         type(fs), "pipe_file", lambda s, a, *r, **k: order.append(a) or pipe(s, a, *r, **k)
     )
     save(writer, 2)
-    assert order[0].endswith(".safetensors") and order[-1].endswith(f"step-00000002/{MANIFEST}")
+    assert order[0].endswith(".safetensors") and order[-1].endswith(
+        f"step-00000002/manifest-{writer.store.token}.json"
+    )
 
     def die(self, path, *rest, **more):
-        if path.endswith(MANIFEST):
+        if "/manifest" in path:
             raise OSError("link down")
         return pipe(self, path, *rest, **more)
 
@@ -90,7 +117,14 @@ def test_retention_takes_the_manifest_first(url, tmp_path, monkeypatch):
     save(writer, 1, loss=1.0)
     save(writer, 2, loss=3.0)
     fs = type(writer.store.fs)
-    monkeypatch.setattr(fs, "rm", lambda *rest, **more: (_ for _ in ()).throw(OSError("killed")))
+    remove = fs.rm
+
+    def die(self, paths, **more):
+        if any("step-00000002" in path for path in paths):
+            raise OSError("killed")
+        remove(self, paths, **more)
+
+    monkeypatch.setattr(fs, "rm", die)
     with pytest.raises(OSError, match="killed"):
         save(writer, 3, loss=2.0)
     assert list_published(url) == ["step-00000001", "step-00000003"], "the best and the newest"
@@ -105,7 +139,7 @@ def test_an_attempt_that_was_taken_over_puts_no_manifest(url, tmp_path):
         save(old, 5)
     store = Bucket(url, tmp_path / "c")
     Saver(store, Retention(2))
-    assert find_checkpoint(store)[1].step == 5, "the same step of the new one is as it was"
+    assert find(store)[1].step == 5, "the same step of the new one is as it was"
 
 
 def test_a_damaged_object_is_passed_over(url, tmp_path):
@@ -118,7 +152,7 @@ def test_a_damaged_object_is_passed_over(url, tmp_path):
     fs.pipe_file(file, data[:-1] + bytes([data[-1] ^ 1]))
     store, warnings = Bucket(url, tmp_path / "b"), []
     Saver(store, Retention(2))
-    assert find_checkpoint(store, warn=warnings.append)[1].step == 1
+    assert find(store, warn=warnings.append)[1].step == 1
     assert len(warnings) == 1 and "SHA-256" in warnings[0]
 
 
@@ -136,14 +170,14 @@ def test_checkpoints_that_are_here_alone_are_no_fresh_start(url, tmp_path):
     root = tmp_path / "a"
     killed_savers.save(root, 4)
     with pytest.raises(
-        PreflightError, match=r"has no checkpoint of this run, and .*: step-00000004"
+        PreflightError, match=r"has no checkpoint of this run that is as new as .*/step-00000004"
     ):
         Saver(Bucket(url, root), Retention(2))
     fs, base = fsspec.core.url_to_fs(url)
     fs.put(str(root / "step-00000004"), f"{base}/step-00000004", recursive=True)  # as the fix says
     store = Bucket(url, root)
     Saver(store, Retention(2))
-    assert find_checkpoint(store)[1].step == 4
+    assert find(store)[1].step == 4
 
 
 def test_going_back_to_a_folder_of_its_own_is_no_fresh_start(url, tmp_path):
@@ -151,6 +185,151 @@ def test_going_back_to_a_folder_of_its_own_is_no_fresh_start(url, tmp_path):
     with pytest.raises(PreflightError, match=f"the newest .* is {url}/step-00000003"):
         Saver(SharedFolder(tmp_path), Retention(2))
     shutil.rmtree(tmp_path / "bucket", ignore_errors=True)
+
+
+def test_newer_checkpoints_here_are_never_given_up_for_older_ones_there(url, tmp_path):
+    save(Saver(Bucket(url, tmp_path / "a"), Retention(2)), 100)
+    root = tmp_path / "b"
+    killed_savers.save(root, 500)
+    with pytest.raises(PreflightError, match=r"as new as .*500; its newest is step-00000100"):
+        Saver(Bucket(url, root), Retention(2))
+    (root / "step-00000500").rename(root / "step-00000050")
+    assert take(Bucket(url, root)) == 100
+    save(Saver(Bucket(url, root), Retention(2)), 200)
+    assert take(Bucket(url, root)) == 200
+    found = sorted(path.name for path in root.glob("step-*"))
+    assert found == ["step-00000050", "step-00000200"], "only what was fetched may go"
+
+
+def find_object(url, name, part):
+    fs, base = fsspec.core.url_to_fs(url)
+    (path,) = (path for path in fs.find(f"{base}/{name}") if part in path.rpartition("/")[2])
+    return fs, path
+
+
+@pytest.mark.parametrize("part", ["rank-00000", "manifest"])
+@pytest.mark.parametrize("gone", [True, False])
+def test_what_is_not_whole_there_is_passed_over(url, tmp_path, part, gone):
+    writer = Saver(Bucket(url, tmp_path / "a"), Retention(9, best=True))
+    save(writer, 1, loss=1.0)
+    save(writer, 2, loss=2.0)
+    fs, path = find_object(url, "step-00000002", part)
+    fs.rm_file(path)
+    if not gone:
+        fs.pipe_file(path, b"{")
+    store = Bucket(url, tmp_path / "b")
+    assert take(store) == 1
+    writer = Saver(store, Retention(9, best=True))
+    save(writer, 3, loss=3.0)
+    assert take(Bucket(url, tmp_path / "c")) == 3, "retention lives with it, too"
+
+
+def test_a_manifest_cannot_have_files_written_elsewhere(tmp_path):
+    url = f"file://{tmp_path}/bucket"
+    writer = Saver(Bucket(url, tmp_path / "a"), Retention(9))
+    save(writer, 1)
+    save(writer, 2)
+    fs, path = find_object(url, "step-00000002", "manifest")
+    tree = json.loads(fs.cat_file(path))
+    tree["files"]["../../EVIL"] = {"bytes": 4, "sha256": "0" * 64}
+    rest = {key: value for key, value in tree.items() if key != "digest"}
+    tree["digest"] = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    fs.pipe_file(path, json.dumps(tree).encode())
+    (tmp_path / "EVIL").write_text("evil")
+    assert take(Bucket(url, tmp_path / "x" / "y" / "b")) == 1
+    assert not list((tmp_path / "x").rglob("EVIL"))
+
+
+def test_an_attempt_that_wakes_up_late_harms_nothing(url, tmp_path, monkeypatch):
+    """It has looked at who the owner is, and is frozen before it puts its manifest."""
+    old = Saver(Bucket(url, tmp_path / "a"), Retention(1))
+    look = old.store._check_owner
+    frozen = []
+
+    def freeze():
+        look()
+        if not frozen:
+            frozen.append(Saver(Bucket(url, tmp_path / "b"), Retention(1)))
+            save(frozen[0], 5)
+
+    monkeypatch.setattr(old.store, "_check_owner", freeze)
+    with pytest.raises(ShoalError, match="another attempt of this run has taken over"):
+        save(old, 5)
+    monkeypatch.undo()
+    store = Bucket(url, tmp_path / "c")
+    assert take(store) == 5
+    (file,) = (path for path in (store.root / "step-00000005").glob("rank-*"))
+    assert frozen[0].store.token in file.name
+
+
+def test_a_copy_of_another_checkpoint_of_the_step_is_replaced(url, tmp_path):
+    save(Saver(Bucket(url, tmp_path / "a"), Retention(2)), 5, loss=1.0)
+    root = tmp_path / "b"
+    killed_savers.save(root, 5)
+    store = Bucket(url, root)
+    Saver(store, Retention(2))
+    assert find(store)[1].loss == 1.0
+
+
+def test_a_checkpoint_that_failed_is_left_out_until_training_is_past_it(url, tmp_path):
+    writer = Saver(Bucket(url, tmp_path / "a"), Retention(2))
+    save(writer, 1)
+    save(writer, 2)
+    store = Bucket(url, tmp_path / "b")
+    store.refused = "step-00000002"
+    assert take(store) == 1
+    assert read_resumed(store.root) == "step-00000001"
+    save(Saver(store, Retention(2)), 2)
+    assert take(store) == 2, "the new one"
+    alone = SharedFolder(tmp_path / "c")
+    killed_savers.save(alone.root, 2)
+    alone.refused = "step-00000002"
+    with pytest.raises(DataError, match="failed twice, and there is no older"):
+        take(alone)
+
+
+def test_a_slow_file_is_seen_to_move(tmp_path, monkeypatch):
+    url = f"memory://{tmp_path}/bucket"
+    writer = Saver(Bucket(url, tmp_path / "a"), Retention(2))
+    monkeypatch.setattr(writer.store, "tick", lambda: ticks.append("up"))
+    ticks = []
+    save(writer, 1)
+    assert len(ticks) >= 1
+    store = Bucket(url, tmp_path / "b")
+    Saver(store, Retention(2))
+    ticks.clear()
+    store.mend("step-00000001", (), lambda: ticks.append("down"))
+    assert len(ticks) >= 2, "while it comes, and when it is there"
+
+
+def test_room_is_asked_for_where_it_is_needed(url, tmp_path):
+    assert Bucket(url, tmp_path).needed_bytes(100, 10) == 10
+    assert SharedFolder(tmp_path).needed_bytes(100, 10) == 100
+    disks = OwnDisks(tmp_path, every=False)
+    assert disks.needed_bytes(100, 10) == 100
+    disks.places = [7]
+    assert disks.needed_bytes(100, 10) == 10
+
+
+def test_marks_of_killed_ranks_go(tmp_path):
+    (tmp_path / ".seen-0123-4").touch()
+    Saver(OwnDisks(tmp_path, every=True), Retention(1))
+    assert not list(tmp_path.glob(".seen-*"))
+
+
+def test_a_stopped_run_is_exported_from_its_newest_checkpoint(url, tmp_path):
+    root = tmp_path / "run" / "checkpoints"
+    save(Saver(Bucket(url, root), Retention(2)), 5)
+    take(Bucket(url, root))
+    save(Saver(Bucket(url, root), Retention(2)), 9)
+    assert [path.name for path in root.glob("step-*")] == ["step-00000005"]
+    told = []
+    exports._bring_newest(root, told.append)
+    assert told == [f"fetching {url}/step-00000009"]
+    assert verify_checkpoint(root / "step-00000009").step == 9
+    (root / ".elsewhere").write_text("n1:/disk/step-00000010")
+    with pytest.raises(DataError, match="newest checkpoint is n1:/disk/step-00000010"):
+        exports._bring_newest(root, told.append)
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +427,63 @@ def test_the_first_host_alone_may_keep_them(ranks, tmp_path):
     assert not list((disk(tmp_path, 1) / "checkpoints").glob(".partial*"))
     second = run_on_disks(ranks, tmp_path, copies="first")
     assert second["error"] is None and list(second["rows"]) == [3, 4, 5]
+
+
+def test_a_run_of_a_lost_first_host_does_not_begin_anew(ranks, tmp_path):
+    assert run_on_disks(ranks, tmp_path, copies="first", stop_after=5)["error"] is not None
+    (disk(tmp_path, 0).parent).rename(tmp_path / "lost")
+    kind, text = run_on_disks(ranks, tmp_path, copies="first")["error"]
+    assert kind == PreflightError.__name__
+    assert "disk-0/run/checkpoints/step-0000000" in text and "remove" in text
+    shutil.rmtree(disk(tmp_path, 0).parent)
+    (tmp_path / "lost").rename(disk(tmp_path, 0).parent)
+    again = run_on_disks(ranks, tmp_path, copies="first")
+    assert again["error"] is None and list(again["rows"]) == [5]
+
+
+def test_what_was_in_object_storage_is_no_fresh_start_on_own_disks(ranks, tmp_path):
+    folder = disk(tmp_path, 1) / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / ".elsewhere").write_text("s3://there/run/step-00000004")
+    kind, text = run_on_disks(ranks, tmp_path, copies="every")["error"]
+    assert kind == PreflightError.__name__ and "newest checkpoint of this run is s3://there" in text
+
+
+def test_hosts_do_not_go_on_from_two_checkpoints_of_one_step(ranks, tmp_path):
+    assert run_on_disks(ranks, tmp_path, copies="every", stop_after=2)["error"] is not None
+    one, other = (disk(tmp_path, n) / "checkpoints" / "step-00000002" for n in (0, 1))
+    killed_savers.save(other.parent.parent / "x", 2).rename(other.with_name("x"))
+    shutil.rmtree(other)
+    other.with_name("x").rename(other)
+    assert hashes(other) != hashes(one), "each is whole"
+    assert run_on_disks(ranks, tmp_path, copies="every", stop_after=1)["error"] is not None
+    assert hashes(other) == hashes(one)
+
+
+def test_a_suspect_does_not_come_back_from_another_host(ranks, tmp_path):
+    assert run_on_disks(ranks, tmp_path, copies="every", stop_after=4)["error"] is not None
+    given = {"environment": {"SHOAL_REFUSED": "step-00000004"}}
+    again = run_on_disks(ranks, tmp_path, copies="every", **given, stop_after=1)
+    cleared = {"environment": {"SHOAL_REFUSED": ""}}
+    assert next(iter(again["rows"])) == 2
+    last = run_on_disks(ranks, tmp_path, copies="every", **cleared)
+    assert last["error"] is None and next(iter(last["rows"])) == 3
+
+
+def test_other_hosts_keep_only_what_they_went_on_from(ranks, tmp_path):
+    for stop in (2, 2):
+        answer = run_on_disks(ranks, tmp_path, copies="first", every_steps=1, stop_after=stop)
+        assert answer["error"] is not None
+    assert run_on_disks(ranks, tmp_path, copies="first", every_steps=1)["error"] is None
+    assert steps_on_disk(disk(tmp_path, 0)) == [5, 6]
+    assert steps_on_disk(disk(tmp_path, 1)) == [4]
+
+
+def test_a_full_disk_of_one_receiver_is_named_at_once(ranks, tmp_path):
+    begun = time.monotonic()
+    answer = run_on_disks(ranks, tmp_path, 2, copies="every", refuse_part=1)
+    assert "No space left" in answer["error"][1] or "no space" in answer["error"][1].lower()
+    assert time.monotonic() - begun < 60
 
 
 def test_a_folder_that_is_not_shared_is_refused(ranks, tmp_path):
