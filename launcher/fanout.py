@@ -63,6 +63,8 @@ class Guard:
         """How many of its ranks look for the others, and have found them."""
         self.stopped_itself = False
         """Whether it ended its ranks because it did not hear from us."""
+        self.refused = False
+        """Whether it could not even start them."""
         self.asked_at: float | None = None
         """When it was asked for a word that it still owes us."""
         self._buffer = b""
@@ -104,6 +106,7 @@ class Guard:
             self.meeting, self.met = int(message["meeting"]), int(message["met"])
         elif "ending" in message:
             self.stopped_itself = bool(message.get("lost"))
+            self.refused = bool(message.get("refused"))
             self.ending = unpack_ending(message["ending"])
 
     def lost(self, how: str) -> HostLostError:
@@ -153,6 +156,8 @@ class AttemptEnd:
     error: ShoalError | None
     cut_off: Mapping[str, int | None] = field(default_factory=dict)
     """Machines whose ranks may still be alive -> the process id of their guard there, if known."""
+    refused: Sequence[str] = ()
+    """Machines whose guard could not even start its ranks."""
 
 
 def run_attempt(
@@ -199,7 +204,7 @@ def run_attempt(
             return AttemptEnd(HostLostError(how, where=unheard[0].host.name), cut_off)
         return AttemptEnd(error, cut_off)
     except ShoalError as error:
-        return AttemptEnd(error, cut_off)
+        return AttemptEnd(error, cut_off, [guard.host.name for guard in guards if guard.refused])
     return AttemptEnd(None)
 
 

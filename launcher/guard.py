@@ -222,7 +222,8 @@ def serve(
         say(ending=pack_ending(ending), lost=heard.lost_at is not None)
     except Exception as error:  # the other ranks, if there are any yet, die with this process
         outcome = describe(error, task.first_rank)
-        say(ending=pack_ending(Ending(outcomes={outcome.rank: outcome}, ended_by_us=ranks)))
+        none = Ending(outcomes={outcome.rank: outcome}, ended_by_us=ranks)
+        say(ending=pack_ending(none), refused=True)
 
 
 def _chosen_interface() -> str | None:

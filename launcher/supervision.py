@@ -84,6 +84,8 @@ class _Job:
         self.watched, self.caught = watched, caught
         self._stop_at = time.monotonic() + seconds_to_train(self.world)
         self._is_late = False
+        self._left_out: set[str] = set()
+        """Machines that failed again and again, while the others were well."""
         self._checkpoints = self.folder / "checkpoints"
         self._refusal: dict[str, str] = {}
         """Tells ranks which checkpoint to leave out."""
@@ -99,12 +101,16 @@ class _Job:
             end = self._attempt()
             if end.error is None:
                 return
-            if isinstance(end.error, FINAL) or attempts == 1:
+            sign = self._sign(end.error)
+            unfit = self._find_unfit(end, sign in seen) if attempt > 1 else set()
+            if attempts == 1 or (isinstance(end.error, FINAL) and not unfit):
                 raise end.error
             end.error.add_note(newest_checkpoint_note(self.folder))
             show_error(end.error)
-            sign = self._sign(end.error)
-            if sign in seen and not self._go_back(end.error):
+            if unfit:
+                self._left_out |= unfit
+                self._say(f"{', '.join(sorted(unfit))}: left out from now on")
+            elif sign in seen and not self._go_back(end.error):
                 raise self._exhausted("the same failure twice, and no checkpoint in between")
             seen |= {sign, self._sign(end.error)}
             if attempt < attempts:
@@ -112,6 +118,18 @@ class _Job:
                 names = ", ".join(host.name for host in self.hosts)
                 self._say(f"attempt {attempt + 1} of {attempts}, on {names}")
         raise self._exhausted(f"{attempts} attempts failed")
+
+    def _find_unfit(self, end: AttemptEnd, again: bool) -> set[str]:
+        """Return the machines that keep the others from training, where those are enough.
+
+        That is one that was lost twice without any progress; and one whose guard refuses what was
+        possible when the job began, such as one that is back with fewer GPUs.
+        """
+        unfit = set(end.refused) if again or isinstance(end.error, PreflightError) else set()
+        if again and isinstance(end.error, HostLostError):
+            unfit.add(end.error.where or "")
+        unfit &= {host.name for host in self.hosts}
+        return unfit if len(self.hosts) - len(unfit) >= self.world.min_hosts else set()
 
     def _go_back(self, error: ShoalError) -> bool:
         """Leave out the checkpoint that failed; return whether there is an older one to go on from.
@@ -211,9 +229,13 @@ class _Job:
         try:
             # Of all: what was lost may have come back.
             least = self.world.min_hosts
-            self.hosts = find_reachable(self.all_hosts, self.way, least, self.folder)
+            found = find_reachable(self.all_hosts, self.way, least, self.folder)
         finally:
             self._heed_request()
+        fit = [host for host in found if host.name not in self._left_out]
+        if len(fit) < least:  # better those than none
+            self._left_out, fit = set(), found
+        self.hosts = fit
 
     @property
     def _gone_seconds(self) -> float:

@@ -41,7 +41,7 @@ class Job:
             train=TrainConfig(tokens=1),
             world=WorldConfig(**world),
         )
-        self.ends: list[tuple[ShoalError | None, dict[str, int | None]]] = []
+        self.ends: list[tuple[Any, ...]] = []
         self.hosts: list[list[str]] = []
         self.answering: set[str] | None = None
         self.before: Callable[[], object] = lambda: None
@@ -92,6 +92,47 @@ def test_a_host_that_is_back_is_taken_back_in_its_place(job: Job) -> None:
         ["n2.invalid", "n3.invalid"],
         ["n1.invalid", "n2.invalid", "n3.invalid"],
     ]
+
+
+def test_a_host_that_is_lost_twice_without_progress_is_left_out(
+    job: Job, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job.ends = [(lost("n2.invalid"), {}), (lost("n2.invalid"), {}), (None, {})]
+    job.run("n1.invalid", "n2.invalid")
+    assert job.hosts == [["n1.invalid", "n2.invalid"]] * 2 + [["n1.invalid"]]
+    assert "n2.invalid: left out from now on" in capfd.readouterr().err
+
+
+def test_no_host_is_left_out_below_the_minimum(job: Job) -> None:
+    job.config = job.config.model_copy(update={"world": WorldConfig(max_restarts=2, min_hosts=2)})
+    job.ends = [(lost("n2.invalid"), {})] * 2
+    with pytest.raises(RetriesExhausted, match="the same failure twice"):
+        job.run("n1.invalid", "n2.invalid")
+
+
+def test_a_host_that_was_left_out_comes_in_again_for_one_that_is_gone(job: Job) -> None:
+    job.config = job.config.model_copy(update={"world": WorldConfig(max_restarts=3)})
+    job.ends = [(lost("n2.invalid"), {})] * 2 + [(lost("n1.invalid"), {}), (None, {})]
+    job.before = lambda: len(job.hosts) == 2 and setattr(job, "answering", {"n2.invalid"})
+    job.run("n1.invalid", "n2.invalid")
+    assert job.hosts[-1] == ["n2.invalid"]
+
+
+def test_a_host_that_is_back_with_fewer_devices_does_not_end_the_job(job: Job) -> None:
+    few = PreflightError("8 ranks on this machine, but it has 7 GPUs", where="its-own-name")
+    job.ends = [(lost("n3.invalid"), {}), (few, {}, ["n3.invalid"]), (None, {})]
+    job.run("n1.invalid", "n3.invalid")
+    assert job.hosts == [["n1.invalid", "n3.invalid"]] * 2 + [["n1.invalid"]]
+
+
+@pytest.mark.parametrize("refused", [["n2.invalid"], []])
+def test_what_a_machine_refuses_at_first_or_a_rank_later_ends_the_job(
+    refused: list[str], job: Job
+) -> None:
+    job.ends = [] if refused else [(lost("n2.invalid"), {})]
+    job.ends.append((PreflightError("so"), {}, refused))
+    with pytest.raises(PreflightError, match="so"):
+        job.run("n1.invalid", "n2.invalid")
 
 
 def checkpoints(job: Job) -> list[str]:
@@ -190,7 +231,7 @@ def test_a_run_never_begins_anew_by_itself(saved: tuple[int, ...], job: Job) -> 
     assert checkpoints(job) == [f"step-{step:08d}" for step in saved]
 
 
-@pytest.mark.parametrize("error", [HostLostError("gone", where="n2"), NotMetError("apart")])
+@pytest.mark.parametrize("error", [HostLostError("gone"), NotMetError("apart")])
 def test_a_checkpoint_is_not_suspected_for_what_the_network_does(
     error: ShoalError, job: Job
 ) -> None:

@@ -173,9 +173,11 @@ def test_a_rank_elsewhere_ends_all_with_its_own_error(
     stage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE", "data")
-    error = attempt(stage, []).error
+    end = attempt(stage, [])
+    error = end.error
     assert type(error) is DataError
     assert str(error.where) == "shard.00001.mds"
+    assert not end.refused
     assert any("failed first: rank 1" in note for note in error.__notes__)
     assert not any(psutil.pid_exists(words[2]) for words in records(stage).values())
 
@@ -300,9 +302,10 @@ def test_an_error_of_a_guard_comes_with_its_machine(
 ) -> None:
     monkeypatch.delenv("NCCL_SOCKET_IFNAME")
     hosts = [Host("no-such-host.invalid", 1), HERE]
-    error = attempt(stage, [], hosts).error
-    assert type(error) is PreflightError
-    assert "cannot reach no-such-host.invalid, the first machine" in error.cause
+    end = attempt(stage, [], hosts)
+    assert type(end.error) is PreflightError
+    assert "cannot reach no-such-host.invalid, the first machine" in end.error.cause
+    assert HERE.name in end.refused, "its guard, and no rank of it"
 
 
 def test_a_guard_lives_until_it_is_gone() -> None:
