@@ -5,26 +5,33 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from shoal.configs.errors import PreflightError
 from shoal.launcher.commands import Way, ask_command
-from shoal.launcher.fanout import START_SECONDS
 from shoal.launcher.hosts import Host, is_local
 from shoal.launcher.inspection import describe_installation
 from shoal.launcher.refusals import Refusal, explain_refusal
 
+GREET_SECONDS = 30.0
+"""What a machine may take to say who it is, between attempts: it has done so before."""
 
-def find_reachable(hosts: Sequence[Host], way: Way, least: int, run: Path) -> list[Host]:
+
+def find_reachable(
+    hosts: Sequence[Host], way: Way, least: int, run: Path, lost: Collection[str] = ()
+) -> list[Host]:
     """Return the machines that answer; all of them where nothing but a guard can be asked.
+
+    `lost` names those that did not answer a moment ago.
 
     Raises:
         PreflightError: fewer than the job is to have.
     """
-    problems = greet(hosts, way, run)
+    problems = dict.fromkeys(lost, "does not answer")
+    problems |= greet([host for host in hosts if host.name not in lost], way, run)
     found = [host for host in hosts if host.name not in problems]
     if len(found) < least:
         raise PreflightError(
@@ -53,12 +60,22 @@ def greet(hosts: Sequence[Host], way: Way, run: Path) -> dict[str, str]:
         return {h.name: problem for h, problem in zip(others, answers, strict=True) if problem}
 
 
-def is_guard_gone(name: str, way: Way, pid: int) -> bool:
-    """Return whether a machine answers, and the guard that had this process id there is gone."""
-    try:
-        return pid not in ask_host(name, way, "--greet", "/", str(pid))["guards"]
-    except NoAnswerError:
-        return False
+def find_guards(pids: Mapping[str, int], way: Way, seconds: float) -> dict[str, bool]:
+    """Return whether the guards that had these process ids still run, by name of their machine.
+
+    All are asked side by side; those that do not answer in time are left out.
+    """
+
+    def ask(name: str) -> bool | None:
+        try:
+            words = ("--greet", "/", str(pids[name]))
+            return pids[name] in ask_host(name, way, *words, seconds=seconds)["guards"]
+        except NoAnswerError:
+            return None
+
+    with ThreadPoolExecutor(len(pids)) as pool:
+        answers = zip(pids, pool.map(ask, pids), strict=True)
+        return {name: runs for name, runs in answers if runs is not None}
 
 
 class NoAnswerError(Exception):
@@ -69,7 +86,7 @@ class NoAnswerError(Exception):
         self.refusal = refusal
 
 
-def ask_host(name: str, way: Way, *words: str, seconds: float = START_SECONDS) -> dict[str, Any]:
+def ask_host(name: str, way: Way, *words: str, seconds: float) -> dict[str, Any]:
     """Return what a machine says of itself, within so many seconds.
 
     Raises:
@@ -99,7 +116,8 @@ def ask_host(name: str, way: Way, *words: str, seconds: float = START_SECONDS) -
 
 def _greet(host: Host, way: Way, token: Path) -> str | None:
     try:
-        theirs = ask_host(host.name, way, "--greet", str(token.absolute()))
+        words = ("--greet", str(token.absolute()))
+        theirs = ask_host(host.name, way, *words, seconds=GREET_SECONDS)
     except NoAnswerError as error:
         return str(error)
     if not theirs["sees"]:

@@ -42,7 +42,7 @@ from shoal.launcher.watchdog import WHY_NOT_MET
 from shoal.launcher.world import caught_signals
 
 SILENCE_SECONDS = 30.0
-"""Without a word for so long, the launcher or the way to it is lost."""
+"""When the launcher has had no word of ours for so long, it or the way to it is lost."""
 REACH_SECONDS = 20.0
 """How long the first machine may take to answer another one."""
 AGENT_SECONDS = 5.0
@@ -89,7 +89,7 @@ class Orders:
         self._lines, self._save_seconds = lines, save_seconds
         self._caught, self._answer = caught, answer
         self._port: int | None = None
-        self._heard = time.monotonic()
+        self._heard = self._answered = time.monotonic()
         self._advice: Advice = "go"
         self.lost_at: float | None = None
         """When it became clear that the launcher, or the way to it, is lost."""
@@ -98,9 +98,11 @@ class Orders:
 
     def _listen(self) -> None:
         for line in self._lines:
-            self._heard = time.monotonic()
             word = line.strip()
             if word == "beat":
+                # It asks again once it has our answer. So from the last one that it has it knows
+                # when we end at the latest, however late a word of its own reaches us.
+                self._heard, self._answered = self._answered, time.monotonic()
                 self._answer()
             elif word.startswith("port "):
                 self._port = int(word.split()[1])

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from shoal.configs.errors import (
@@ -25,8 +25,8 @@ from shoal.configs.load import dump_config
 from shoal.configs.schema import RunConfig
 from shoal.launcher.check import check_before_start
 from shoal.launcher.endings import Interrupted, interrupted
-from shoal.launcher.fanout import AttemptEnd, HostLostError, run_attempt
-from shoal.launcher.greeting import find_reachable, is_guard_gone
+from shoal.launcher.fanout import AttemptEnd, CutOff, HostLostError, run_attempt
+from shoal.launcher.greeting import find_guards, find_reachable
 from shoal.launcher.guard import AGENT_SECONDS, SILENCE_SECONDS
 from shoal.launcher.hosts import Host, is_local
 from shoal.launcher.outcomes import JOB_VARIABLE
@@ -42,6 +42,9 @@ FINAL = (
     ConfigError, DataError, PreflightError, NonFiniteLossError, StoppedOnRequest, Interrupted
 )  # fmt: skip
 """Ends that another attempt would only repeat, or that were asked for."""
+ASK_SECONDS = 10.0
+"""What a machine may take to say whether its guard is gone; a request to stop waits as long."""
+GONE_MARGIN_SECONDS = 2.0
 
 
 def supervise(hosts: Sequence[Host], config: RunConfig, watch: Sequence[int] = ()) -> None:
@@ -214,22 +217,13 @@ class _Job:
         return AttemptEnd(None)
 
     def _gather(self, end: AttemptEnd) -> None:
-        """Wait until nothing of the last attempt can be alive; find the machines that answer."""
-        left = dict(end.cut_off)
-        if left:
-            self._say(f"waiting until nothing of this can run on {', '.join(left)} any more")
-        deadline = time.monotonic() + self._gone_seconds
-        while left and time.monotonic() < deadline:
-            self._heed_request()
-            for name, pid in list(left.items()):
-                if pid and is_guard_gone(name, self.way, pid):
-                    del left[name]
-            time.sleep(1.0)
+        """Find the machines that answer, once nothing of the last attempt can be alive."""
+        lost = self._await_end(end.cut_off)
         self._heed_request()
         try:
             # Of all: what was lost may have come back.
             least = self.world.min_hosts
-            found = find_reachable(self.all_hosts, self.way, least, self.folder)
+            found = find_reachable(self.all_hosts, self.way, least, self.folder, lost)
         finally:
             self._heed_request()
         fit = [host for host in found if host.name not in self._left_out]
@@ -237,10 +231,29 @@ class _Job:
             self._left_out, fit = set(), found
         self.hosts = fit
 
+    def _await_end(self, cut_off: Mapping[str, CutOff]) -> set[str]:
+        """Wait until no guard that is cut off can have ranks; return who did not answer at last."""
+        left, silent = dict(cut_off), set[str]()
+        if left:
+            self._say(f"waiting until nothing of this can run on {', '.join(left)} any more")
+        while left:
+            self._heed_request()
+            seconds = max(one.since for one in left.values()) + self._gone_seconds
+            seconds -= time.monotonic()
+            if seconds <= 0:
+                break
+            pids = {name: one.pid for name, one in left.items() if one.pid}
+            if pids and seconds > ASK_SECONDS / 2:
+                found = find_guards(pids, self.way, min(ASK_SECONDS, seconds))
+                silent = set(pids) - set(found) if self.way != "none" else set()
+                left = {name: one for name, one in left.items() if found.get(name, True)}
+            time.sleep(min(1.0, seconds) if left else 0)
+        return silent
+
     @property
     def _gone_seconds(self) -> float:
         """After that the guard of a lost machine has ended its ranks, if the machine runs."""
-        return SILENCE_SECONDS + self.world.save_seconds + AGENT_SECONDS
+        return SILENCE_SECONDS + self.world.save_seconds + AGENT_SECONDS + GONE_MARGIN_SECONDS
 
     def _heed_request(self) -> None:
         """Stop here if somebody has asked for it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from shoal.configs.schema import DataConfig, RunConfig, Stream, TrainConfig, Wor
 from shoal.launcher import supervision
 from shoal.launcher.commands import Way
 from shoal.launcher.endings import Interrupted
-from shoal.launcher.fanout import AttemptEnd, HostLostError
+from shoal.launcher.fanout import AttemptEnd, CutOff, HostLostError
 from shoal.launcher.hosts import Host
 from shoal.trainer.aside import REFUSED_VARIABLE, note_resumed, read_resumed
 from shoal.trainer.checkpoint import checkpoint_name
@@ -48,7 +49,10 @@ class Job:
         monkeypatch.setattr(supervision, "run_attempt", self._attempt)
         monkeypatch.setattr(supervision, "find_reachable", self._find)
         monkeypatch.setattr(supervision, "check_before_start", lambda *_: None)
-        monkeypatch.setattr(supervision, "is_guard_gone", lambda name, way, pid: True)
+        monkeypatch.setattr(supervision, "find_guards", self._find_guards)
+        self.lost: list[list[str]] = []
+        self.guards: Callable[[float], dict[str, bool]] = lambda seconds: {}
+        self.asked: list[dict[str, int]] = []
 
     def run(self, *names: str) -> None:
         supervision.supervise([Host(name, 1) for name in names], self.config)
@@ -58,7 +62,12 @@ class Job:
         self.hosts.append([host.name for host in hosts])
         return AttemptEnd(*self.ends.pop(0))
 
-    def _find(self, hosts: Sequence[Host], *_: object) -> list[Host]:
+    def _find_guards(self, pids: dict[str, int], way: Way, seconds: float) -> dict[str, bool]:
+        self.asked.append(pids)
+        return self.guards(seconds)
+
+    def _find(self, hosts: Sequence[Host], *given: Any) -> list[Host]:
+        self.lost.append(sorted(given[-1]))
         return [h for h in hosts if self.answering is None or h.name in self.answering]
 
 
@@ -266,24 +275,51 @@ def test_what_no_attempt_would_change_ends_the_job(kind: type[ShoalError], job: 
         job.run("n1.invalid", "n2.invalid")
 
 
-def test_what_is_cut_off_is_asked_for_before_the_next_attempt(
+def cut(pid: int | None = 77, ago: float = 0) -> CutOff:
+    return CutOff(pid, time.monotonic() - ago)
+
+
+def test_what_is_cut_off_is_asked_for_before_the_next_attempt(job: Job) -> None:
+    answers = [{"n2.invalid": True, "n3.invalid": False}, {}, {"n2.invalid": False}]
+    job.guards = lambda seconds: answers.pop(0)
+    names = {name: cut() for name in ("n2.invalid", "n3.invalid")}
+    job.ends = [(lost("n2.invalid"), names), (None, {})]
+    job.run("n1.invalid", "n2.invalid", "n3.invalid")
+    assert job.asked == [{"n2.invalid": 77, "n3.invalid": 77}, *[{"n2.invalid": 77}] * 2]
+    assert job.lost == [[]]
+
+
+def test_who_is_cut_off_is_waited_for_from_its_last_word_on(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[str, int]] = []
+    monkeypatch.setattr(supervision, "ASK_SECONDS", 0.5)
+    limits: list[float] = []
 
-    def is_gone(name: str, way: Way, pid: int) -> bool:
-        asked.append((name, pid))
-        return len(asked) > 1
+    def hang(seconds: float) -> dict[str, bool]:
+        limits.append(seconds)
+        time.sleep(seconds)
+        return {"n3.invalid": False}
 
-    monkeypatch.setattr(supervision, "is_guard_gone", is_gone)
-    job.ends = [(lost("n2.invalid"), {"n2.invalid": 77}), (None, {})]
-    job.run("n1.invalid", "n2.invalid")
-    assert asked == [("n2.invalid", 77)] * 2
+    job.guards = hang
+    promised = supervision.SILENCE_SECONDS + job.config.world.save_seconds
+    promised += supervision.AGENT_SECONDS
+    ends = {"n2.invalid": cut(ago=promised), "n3.invalid": cut()}
+    job.ends = [(lost("n2.invalid"), ends), (None, {})]
+    begun = time.monotonic()
+    job.run("n1.invalid", "n2.invalid", "n3.invalid")
+    waited = time.monotonic() - begun
+    assert 1 < waited < 10, "so long ago that its ranks are gone, but for a margin"
+    assert max(limits) <= 0.5
+    assert job.lost == [["n2.invalid"]], "not to be waited for again"
+    # Who has never said a word may begin late: it is asked for nothing.
+    job.ends = [(lost("n2.invalid"), {"n2.invalid": cut(None, ago=promised + 1)}), (None, {})]
+    job.asked.clear()
+    job.run("n1.invalid", "n2.invalid", "n3.invalid")
+    assert (job.asked, job.lost[-1]) == ([], [])
 
 
-def test_a_request_between_attempts_is_heeded(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    job.ends = [(lost("n2.invalid"), {"n2.invalid": 77})]
-    monkeypatch.setattr(supervision, "is_guard_gone", lambda name, way, pid: False)
+def test_a_request_between_attempts_is_heeded(job: Job) -> None:
+    job.ends = [(lost("n2.invalid"), {"n2.invalid": cut()})]
     threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
     with pytest.raises(Interrupted) as caught:
         job.run("n1.invalid", "n2.invalid")
