@@ -96,6 +96,18 @@ class _Job:
 
     def run(self) -> None:
         """Make attempts until one succeeds."""
+        try:
+            self._run()
+        except Interrupted as error:
+            if newest := newest_checkpoint(self.folder):
+                raise StoppedOnRequest(
+                    f"{error.cause}; {newest} is the newest that there is",
+                    where=self.folder,
+                    fix="run the same command again: it goes on from there",
+                ) from None
+            raise
+
+    def _run(self) -> None:
         attempts = self.world.max_restarts + 1
         check_before_start(self.hosts, self.config)
         self._heed_request()
@@ -259,16 +271,9 @@ class _Job:
         """Stop here if somebody has asked for it.
 
         Raises:
-            StoppedOnRequest: there is a checkpoint to go on from.
-            Interrupted: there is none.
+            Interrupted: so it is.
         """
         if self.caught or self._gone():
-            if newest_checkpoint(self.folder):
-                raise StoppedOnRequest(
-                    "stopped on request between two attempts",
-                    where=self.folder,
-                    fix="run the same command again to continue",
-                )
             raise interrupted(self.caught[0] if self.caught else signal.SIGTERM)
 
     def _gone(self) -> bool:

@@ -25,7 +25,7 @@ from shoal.configs.errors import (
 from shoal.configs.schema import DataConfig, RunConfig, Stream, TrainConfig, WorldConfig
 from shoal.launcher import supervision
 from shoal.launcher.commands import Way
-from shoal.launcher.endings import Interrupted
+from shoal.launcher.endings import Interrupted, interrupted
 from shoal.launcher.fanout import AttemptEnd, CutOff, HostLostError
 from shoal.launcher.hosts import Host
 from shoal.trainer.aside import REFUSED_VARIABLE, note_resumed, read_resumed
@@ -324,6 +324,18 @@ def test_a_request_between_attempts_is_heeded(job: Job) -> None:
     with pytest.raises(Interrupted) as caught:
         job.run("n1.invalid", "n2.invalid")
     assert caught.value.exit_code == 128 + signal.SIGTERM
+
+
+def test_a_stop_that_saves_nothing_is_a_stop_where_there_is_a_checkpoint(job: Job) -> None:
+    job.ends = [(interrupted(signal.SIGUSR1), {})]
+    with pytest.raises(Interrupted) as caught:
+        job.run("n1.invalid")
+    assert caught.value.exit_code == 128 + signal.SIGUSR1
+    save(job, 40)
+    job.ends = [(interrupted(signal.SIGUSR1), {})]
+    with pytest.raises(StoppedOnRequest, match=r"SIGUSR1 .*; .*step-00000040 is the newest") as end:
+        job.run("n1.invalid")
+    assert end.value.exit_code == 5
 
 
 def test_a_signal_before_ranks_are_watched_reaches_them(
