@@ -127,8 +127,8 @@ class Orders:
         now = time.monotonic()
         if self.lost_at is None and now - self._heard > SILENCE_SECONDS:
             self.lost_at = now
-            with contextlib.suppress(OSError):  # with the launcher went who would read it
-                print("the launcher is gone: saving and stopping", file=sys.stderr, flush=True)
+            # Not from here: with the launcher went who would read it, and ranks wait for us.
+            threading.Thread(target=_say_launcher_is_gone, name="word", daemon=True).start()
         if self.lost_at is not None:
             return "stop" if now - self.lost_at < self._save_seconds else self._kill(now)
         return self._kill(now) if self._advice == "kill" else self._advice
@@ -142,6 +142,11 @@ class Orders:
         if now - self._killed_at > AGENT_SECONDS:
             os._exit(128 + signal.SIGKILL)
         return "kill"
+
+
+def _say_launcher_is_gone() -> None:
+    with contextlib.suppress(OSError):
+        print("the launcher is gone: saving and stopping", file=sys.stderr, flush=True)
 
 
 def find_interface(address: str) -> str:

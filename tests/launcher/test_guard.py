@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
@@ -47,6 +48,22 @@ def test_a_launcher_is_lost_that_has_not_had_our_answers(monkeypatch: pytest.Mon
     assert orders.advise() == "go"
     time.sleep(0.4)
     assert orders.advise() == "stop"
+
+
+def test_a_guard_gives_its_launcher_up_where_nobody_reads_what_it_prints(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(guard_module, "SILENCE_SECONDS", 0.1)
+    reader = threading.Event()
+    full = SimpleNamespace(write=lambda text: reader.wait(), flush=lambda: None)
+    monkeypatch.setattr(sys, "stderr", full)
+    orders = Orders(iter(()), 0.2, [], lambda: None)
+    threading.Timer(10, reader.set).start()
+    begun = time.monotonic()
+    while orders.advise() != "kill":
+        time.sleep(0.05)
+    assert time.monotonic() - begun < 5
+    reader.set()
 
 
 def test_a_guard_is_asked_again_once_it_has_answered() -> None:
