@@ -130,6 +130,7 @@ def make_tasks(
     world: WorldConfig,
     environment: Mapping[str, str],
     logs: Path | None = None,
+    files: Mapping[str, str] = {},
 ) -> list[Task]:
     """Return what each machine is to do; ranks are numbered in the order of the hostfile."""
     forwarded = {n: value for n, value in environment.items() if n.startswith(FORWARDED)}
@@ -149,6 +150,7 @@ def make_tasks(
             threads=world.threads,
             timeout=world.timeout_seconds,
             save_seconds=world.save_seconds,
+            files=dict(files),
             environment=({} if is_local(host.name) else forwarded) | host.device_variables,
         )
         tasks.append(task)
@@ -184,15 +186,16 @@ def run_attempt(
     folder: Path,
     caught: list[int],
     gone: Callable[[], bool],
+    files: Mapping[str, str] = {},
 ) -> AttemptEnd:
     """Start the ranks of all `hosts` once, and return when all have ended.
 
     A signal that appears in `caught` reaches every rank, which saves; a second SIGINT kills. So
     does `gone`: nobody is left who wants this. What ranks and machines print is kept in a new
-    folder in `folder`/logs.
+    folder in `folder`/logs. `files` are written on every machine first.
     """
     logs = next_log_folder(folder)
-    tasks = make_tasks(hosts, argv, world, os.environ, logs)
+    tasks = make_tasks(hosts, argv, world, os.environ, logs, files)
     others = [host.name for host in hosts if not is_local(host.name)]
     guards: list[Guard] = []
     callers: Callers | None = None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,16 @@ GREET_SECONDS = 30.0
 
 
 def find_reachable(
-    hosts: Sequence[Host], way: Way, least: int, run: Path, lost: Collection[str] = ()
+    hosts: Sequence[Host], way: Way, least: int, run: Path | None, lost: Collection[str] = ()
 ) -> list[Host]:
     """Return the machines that answer; all of them where nothing but a guard can be asked.
 
-    `lost` names those that did not answer a moment ago.
+    Args:
+        hosts: All of the job.
+        way: How they are asked.
+        least: How many it is to have.
+        run: The folder that they share, if they do.
+        lost: Names of those that did not answer a moment ago.
 
     Raises:
         PreflightError: fewer than the job is to have.
@@ -43,7 +49,7 @@ def find_reachable(
     return found
 
 
-def greet(hosts: Sequence[Host], way: Way, run: Path) -> dict[str, str]:
+def greet(hosts: Sequence[Host], way: Way, run: Path | None) -> dict[str, str]:
     """Ask the other machines who they are; return what is wrong, by name.
 
     `run` gets a file for a moment, which a machine that shares the folder sees.
@@ -51,13 +57,20 @@ def greet(hosts: Sequence[Host], way: Way, run: Path) -> dict[str, str]:
     others = [host for host in hosts if not is_local(host.name)]
     if not others or way == "none":
         return {}
-    run.mkdir(parents=True, exist_ok=True)
-    with (
-        tempfile.NamedTemporaryFile(prefix=".greeting-", dir=run) as token,
-        ThreadPoolExecutor(len(others)) as pool,
-    ):
-        answers = pool.map(lambda host: _greet(host, way, Path(token.name)), others)
+    with _open_token(run) as token, ThreadPoolExecutor(len(others)) as pool:
+        answers = pool.map(lambda host: _greet(host, way, token), others)
         return {h.name: problem for h, problem in zip(others, answers, strict=True) if problem}
+
+
+@contextmanager
+def _open_token(run: Path | None) -> Iterator[Path]:
+    """Give a new file in a folder for a while; without one, what every machine sees."""
+    if run is None:
+        yield Path("/")
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(prefix=".greeting-", dir=run) as file:
+        yield Path(file.name)
 
 
 def find_guards(pids: Mapping[str, int], way: Way, seconds: float) -> dict[str, bool]:

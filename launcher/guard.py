@@ -30,6 +30,7 @@ from shoal.launcher.endings import Ending
 from shoal.launcher.hosts import is_loopback
 from shoal.launcher.inspection import answer, describe_installation
 from shoal.launcher.outcomes import Outcome, describe
+from shoal.launcher.output import drop_old_logs
 from shoal.launcher.processes import (
     ALONE,
     INTERFACE_VARIABLES,
@@ -40,6 +41,7 @@ from shoal.launcher.processes import (
 )
 from shoal.launcher.watchdog import WHY_NOT_MET
 from shoal.launcher.world import caught_signals
+from shoal.trainer.storage import write_text
 
 SILENCE_SECONDS = 30.0
 """When the launcher has had no word of ours for so long, it or the way to it is lost."""
@@ -68,6 +70,8 @@ class Task:
     timeout: float = 600
     save_seconds: float = 20
     environment: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    """Path -> text of what its ranks read, where machines do not share the run's folder."""
 
     @property
     def global_ranks(self) -> list[int]:
@@ -199,6 +203,7 @@ def serve(
     ranks = set(task.global_ranks)
     say(started=os.getpid())
     try:
+        _write_files(task)
         place = replace(ALONE, name=task.name)
         if task.num_hosts > 1:
             interface = _chosen_interface() or find_interface(task.address)
@@ -231,6 +236,16 @@ def serve(
         outcome = describe(error, task.first_rank)
         none = Ending(outcomes={outcome.rank: outcome}, ended_by_us=ranks)
         say(ending=pack_ending(none), refused=True)
+
+
+def _write_files(task: Task) -> None:
+    """Write what a machine without a share in the run's folder lacks."""
+    for name, text in task.files.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        write_text(Path(name), text)
+    if task.files and task.logs and not Path(task.logs).exists():
+        drop_old_logs(Path(task.logs).parent)
+        Path(task.logs).mkdir(parents=True)
 
 
 def _chosen_interface() -> str | None:

@@ -35,13 +35,19 @@ def next_log_folder(run: Path) -> Path:
     """Make and return the folder for what the next attempt of a run prints; old ones go."""
     root = run / "logs"
     root.mkdir(parents=True, exist_ok=True)
-    done = sorted(root.glob("attempt-" + 5 * "[0-9]"))
-    for old in done[: max(0, len(done) + 1 - ATTEMPTS_KEPT)]:
-        shutil.rmtree(old, ignore_errors=True)
+    done = drop_old_logs(root)
     number = int(done[-1].name.removeprefix("attempt-")) + 1 if done else 1
     folder = root / f"attempt-{number:05d}"
     folder.mkdir()
     return folder
+
+
+def drop_old_logs(root: Path) -> list[Path]:
+    """Make room for one more of the folders that are kept; return those that were there."""
+    done = sorted(root.glob("attempt-" + 5 * "[0-9]"))
+    for old in done[: max(0, len(done) + 1 - ATTEMPTS_KEPT)]:
+        shutil.rmtree(old, ignore_errors=True)
+    return done
 
 
 def log_name(rank: int) -> str:

@@ -60,6 +60,7 @@ def supervise(hosts: Sequence[Host], config: RunConfig, watch: Sequence[int] = (
         RetriesExhausted: every attempt failed.
         ShoalError: what no further attempt would change.
     """
+    _check_way(hosts, config)
     descriptors = [open_process(pid) for pid in watch]
     try:
         job = {JOB_VARIABLE: uuid.uuid4().hex}
@@ -69,6 +70,22 @@ def supervise(hosts: Sequence[Host], config: RunConfig, watch: Sequence[int] = (
         for descriptor in descriptors:
             if descriptor is not None:
                 os.close(descriptor)
+
+
+def _check_way(hosts: Sequence[Host], config: RunConfig) -> None:
+    """Refuse to start guards where they would not find their key.
+
+    Raises:
+        ConfigError: they call back, and its folder is not shared.
+    """
+    way, copies = config.world.launcher, config.checkpoint.copies
+    if way != "ssh" and copies != "shared" and not all(is_local(host.name) for host in hosts):
+        raise ConfigError(
+            f"{way} needs a run folder that all hosts share, and checkpoint.copies={copies} says "
+            "that there is none",
+            where="world.launcher",
+            fix="world.launcher=ssh; or let Slurm start the ranks: `srun python launcher/run.py`",
+        )
 
 
 class _Job:
@@ -84,6 +101,8 @@ class _Job:
         self.hosts = self.all_hosts = hosts
         self.config, self.world = config, config.world
         self.folder, self.way = run_folder(config), config.world.launcher
+        self.own_disks = config.checkpoint.copies != "shared"
+        """Whether no other machine sees the folder of the run."""
         self.watched, self.caught = watched, caught
         self._stop_at = time.monotonic() + seconds_to_train(self.world)
         self._is_late = False
@@ -201,17 +220,18 @@ class _Job:
         # One text for all machines and attempts: the user's own file may change meanwhile.
         file = self.folder / "launch.yaml"
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(file, dump_config(self.config))
+        text = dump_config(self.config)
+        write_text(file, text)
         (self._checkpoints / RESUMED).unlink(missing_ok=True)
         if self._last_save() != self._refused_at:
             self._refusal = {}
         with changed_environment(self._refusal):
-            return self._start(file)
+            return self._start(file, {str(file): text} if self.own_disks else {})
 
-    def _start(self, file: Path) -> AttemptEnd:
+    def _start(self, file: Path, files: Mapping[str, str]) -> AttemptEnd:
         if len(self.hosts) > 1 or not is_local(self.hosts[0].name):
             return run_attempt(
-                self.hosts, [str(file)], self.world, self.folder, self.caught, self._gone
+                self.hosts, [str(file)], self.world, self.folder, self.caught, self._gone, files
             )
         try:
             launch_ranks(
@@ -235,7 +255,9 @@ class _Job:
         try:
             # Of all: what was lost may have come back.
             least = self.world.min_hosts
-            found = find_reachable(self.all_hosts, self.way, least, self.folder, lost)
+            found = find_reachable(
+                self.all_hosts, self.way, least, None if self.own_disks else self.folder, lost
+            )
         finally:
             self._heed_request()
         fit = [host for host in found if host.name not in self._left_out]

@@ -338,6 +338,15 @@ def test_a_stop_that_saves_nothing_is_a_stop_where_there_is_a_checkpoint(job: Jo
     assert end.value.exit_code == 5
 
 
+def test_guards_that_call_back_need_a_shared_folder(job: Job) -> None:
+    kept = job.config.checkpoint.model_copy(update={"copies": "every"})
+    job.config = job.config.model_copy(
+        update={"checkpoint": kept, "world": WorldConfig(launcher="pdsh")}
+    )
+    with pytest.raises(ConfigError, match="pdsh needs a run folder that all hosts share"):
+        job.run("n1.invalid", "n2.invalid")
+
+
 def test_a_signal_before_ranks_are_watched_reaches_them(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:

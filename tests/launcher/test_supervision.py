@@ -85,6 +85,16 @@ def test_each_rank_of_each_host_is_started_once(way: Way, log: str, stage: Path)
     assert not (stage / ".call-key").exists()
 
 
+def test_hosts_that_share_no_folder_are_sent_what_their_ranks_read(
+    stage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, text = stage / "disk" / "launch.yaml", (stage / "run.yaml").read_text()
+    world, hosts = WorldConfig(), [HERE, THERE]
+    run_attempt(hosts, [str(file)], world, stage, [], lambda: False, {str(file): text})
+    assert file.read_text() == text
+    assert set(records(stage)) == {"0", "1", "2"}
+
+
 def test_a_guard_may_be_started_by_hand(stage: Path, capfd: pytest.CaptureFixture[str]) -> None:
     shown = ""
 
