@@ -89,7 +89,8 @@ def _make_request(config: RunConfig, folder: Path, token: str, first: Host) -> R
     streams = [stream.path for stream in config.data.train]
     streams += [config.data.validation] if config.data.validation else []
     shards = [str(Path(stream).absolute()) for stream in streams]
-    return Request(run=str(folder), token=token, first=first.name, shards=shards)
+    own_disk = config.checkpoint.copies != "shared"
+    return Request(str(folder), token, first=first.name, shards=shards, own_disk=own_disk)
 
 
 def check_before_start(hosts: Sequence[Host], config: RunConfig) -> None:

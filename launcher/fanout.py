@@ -63,8 +63,12 @@ class Guard:
         """How many of its ranks look for the others, and have found them."""
         self.stopped_itself = False
         """Whether it ended its ranks because it did not hear from us."""
+        self.refused = False
+        """Whether it could not even start them."""
         self.asked_at: float | None = None
         """When it was asked for a word that it still owes us."""
+        self.heard_at = time.monotonic()
+        """When it last said something."""
         self._buffer = b""
         self.say(json.dumps(asdict(task)))
 
@@ -73,9 +77,10 @@ class Guard:
         self.line.send(line.encode() + b"\n")
 
     def ask(self, moment: float) -> None:
-        """Let it know that we are here, and see that it is."""
-        self.say("beat")
-        self.asked_at = self.asked_at or moment
+        """Let it know that we are here and have its last word, and see that it is."""
+        if self.asked_at is None:
+            self.asked_at = moment
+            self.say("beat")
 
     def is_silent(self, moment: float) -> bool:
         """Whether it owes a word for too long: stopped, or on a machine that is."""
@@ -84,11 +89,12 @@ class Guard:
 
     def hear(self) -> bool:
         """Take in what it says; False when it has hung up."""
-        self.asked_at = None
         try:
             data = os.read(self.line.control, 1 << 16)
         except BlockingIOError:
             return True
+        if data:
+            self.heard_at = time.monotonic()
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         for line in lines:
             with contextlib.suppress(ValueError, TypeError):  # a login script that prints
@@ -96,14 +102,18 @@ class Guard:
         return bool(data)
 
     def _take(self, message: Mapping[str, Any]) -> None:
-        if "started" in message:
+        if "alive" in message:
+            self.asked_at = None
+        elif "started" in message:
             self.pid = int(message["started"])
+            self.asked_at = self.asked_at and time.monotonic()  # until now nobody was there
         elif "port" in message:
             self.port = int(message["port"])
         elif "met" in message:
             self.meeting, self.met = int(message["meeting"]), int(message["met"])
         elif "ending" in message:
             self.stopped_itself = bool(message.get("lost"))
+            self.refused = bool(message.get("refused"))
             self.ending = unpack_ending(message["ending"])
 
     def lost(self, how: str) -> HostLostError:
@@ -120,6 +130,7 @@ def make_tasks(
     world: WorldConfig,
     environment: Mapping[str, str],
     logs: Path | None = None,
+    files: Mapping[str, str] = {},
 ) -> list[Task]:
     """Return what each machine is to do; ranks are numbered in the order of the hostfile."""
     forwarded = {n: value for n, value in environment.items() if n.startswith(FORWARDED)}
@@ -139,6 +150,7 @@ def make_tasks(
             threads=world.threads,
             timeout=world.timeout_seconds,
             save_seconds=world.save_seconds,
+            files=dict(files),
             environment=({} if is_local(host.name) else forwarded) | host.device_variables,
         )
         tasks.append(task)
@@ -147,12 +159,24 @@ def make_tasks(
 
 
 @dataclass(frozen=True)
+class CutOff:
+    """A guard that may still run, and cannot be spoken to."""
+
+    pid: int | None
+    """Its process id on its machine, if it has said it."""
+    since: float
+    """From this moment of our monotonic clock on it has heard nothing of us."""
+
+
+@dataclass(frozen=True)
 class AttemptEnd:
     """How an attempt ended; no error: the run is done."""
 
     error: ShoalError | None
-    cut_off: Mapping[str, int | None] = field(default_factory=dict)
-    """Machines whose ranks may still be alive -> the process id of their guard there, if known."""
+    cut_off: Mapping[str, CutOff] = field(default_factory=dict)
+    """Machines whose ranks may still be alive."""
+    refused: Sequence[str] = ()
+    """Machines whose guard could not even start its ranks."""
 
 
 def run_attempt(
@@ -162,15 +186,16 @@ def run_attempt(
     folder: Path,
     caught: list[int],
     gone: Callable[[], bool],
+    files: Mapping[str, str] = {},
 ) -> AttemptEnd:
     """Start the ranks of all `hosts` once, and return when all have ended.
 
     A signal that appears in `caught` reaches every rank, which saves; a second SIGINT kills. So
     does `gone`: nobody is left who wants this. What ranks and machines print is kept in a new
-    folder in `folder`/logs.
+    folder in `folder`/logs. `files` are written on every machine first.
     """
     logs = next_log_folder(folder)
-    tasks = make_tasks(hosts, argv, world, os.environ, logs)
+    tasks = make_tasks(hosts, argv, world, os.environ, logs, files)
     others = [host.name for host in hosts if not is_local(host.name)]
     guards: list[Guard] = []
     callers: Callers | None = None
@@ -184,12 +209,14 @@ def run_attempt(
     finally:
         for guard in guards:
             guard.line.hang_up()
-        deadline = time.monotonic() + CLOSE_SECONDS
+        ended = time.monotonic()
+        deadline = ended + CLOSE_SECONDS
         for guard in guards:
             guard.line.close(deadline)
         if callers:
             callers.close(deadline)
-    cut_off = {g.host.name: g.pid for g in guards if g.ending is None and g.line.is_cut}
+    cut_off = {guard.host.name: CutOff(guard.pid, guard.heard_at if guard.pid else ended)
+               for guard in guards if guard.ending is None and guard.line.is_cut}  # fmt: skip
     try:
         raise_failure(_join_endings(guards, caught), course.lost[0] if course.lost else None)
     except StoppedOnRequest as error:
@@ -199,7 +226,7 @@ def run_attempt(
             return AttemptEnd(HostLostError(how, where=unheard[0].host.name), cut_off)
         return AttemptEnd(error, cut_off)
     except ShoalError as error:
-        return AttemptEnd(error, cut_off)
+        return AttemptEnd(error, cut_off, [guard.host.name for guard in guards if guard.refused])
     return AttemptEnd(None)
 
 

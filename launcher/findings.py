@@ -133,16 +133,18 @@ def _read_clock(skew: float, limit: float) -> Verdict:
 
 def _judge_folder(facts: Facts, config: RunConfig) -> Verdict:
     folder = run_folder(config).absolute()
-    fix = "mount it at the same path everywhere, or give output=FOLDER"
-    if not facts["shares"]:
+    fix = "mount it at the same path everywhere, or give output=FOLDER; checkpoint.copies=every "
+    fix += "where each host has a disk of its own"
+    is_shared = config.checkpoint.copies == "shared"
+    if is_shared and not facts["shares"]:
         problem = f"does not share the run folder {folder}: no checkpoint would be whole"
     elif facts["writes"]:
         fix = "check how it is mounted there, and who owns it"
         problem = f"cannot write to the run folder {folder}: {facts['writes']}"
-    elif not facts["marked"]:
+    elif is_shared and not facts["marked"]:
         problem = f"what it writes to the run folder {folder} is not seen here"
     else:
-        return None, "is shared, both ways", ""
+        return None, "is shared, both ways" if is_shared else "can be written", ""
     return problem, "", fix
 
 

@@ -5,26 +5,39 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from shoal.configs.errors import PreflightError
 from shoal.launcher.commands import Way, ask_command
-from shoal.launcher.fanout import START_SECONDS
 from shoal.launcher.hosts import Host, is_local
 from shoal.launcher.inspection import describe_installation
 from shoal.launcher.refusals import Refusal, explain_refusal
 
+GREET_SECONDS = 30.0
+"""What a machine may take to say who it is, between attempts: it has done so before."""
 
-def find_reachable(hosts: Sequence[Host], way: Way, least: int, run: Path) -> list[Host]:
+
+def find_reachable(
+    hosts: Sequence[Host], way: Way, least: int, run: Path | None, lost: Collection[str] = ()
+) -> list[Host]:
     """Return the machines that answer; all of them where nothing but a guard can be asked.
+
+    Args:
+        hosts: All of the job.
+        way: How they are asked.
+        least: How many it is to have.
+        run: The folder that they share, if they do.
+        lost: Names of those that did not answer a moment ago.
 
     Raises:
         PreflightError: fewer than the job is to have.
     """
-    problems = greet(hosts, way, run)
+    problems = dict.fromkeys(lost, "does not answer")
+    problems |= greet([host for host in hosts if host.name not in lost], way, run)
     found = [host for host in hosts if host.name not in problems]
     if len(found) < least:
         raise PreflightError(
@@ -36,7 +49,7 @@ def find_reachable(hosts: Sequence[Host], way: Way, least: int, run: Path) -> li
     return found
 
 
-def greet(hosts: Sequence[Host], way: Way, run: Path) -> dict[str, str]:
+def greet(hosts: Sequence[Host], way: Way, run: Path | None) -> dict[str, str]:
     """Ask the other machines who they are; return what is wrong, by name.
 
     `run` gets a file for a moment, which a machine that shares the folder sees.
@@ -44,21 +57,38 @@ def greet(hosts: Sequence[Host], way: Way, run: Path) -> dict[str, str]:
     others = [host for host in hosts if not is_local(host.name)]
     if not others or way == "none":
         return {}
-    run.mkdir(parents=True, exist_ok=True)
-    with (
-        tempfile.NamedTemporaryFile(prefix=".greeting-", dir=run) as token,
-        ThreadPoolExecutor(len(others)) as pool,
-    ):
-        answers = pool.map(lambda host: _greet(host, way, Path(token.name)), others)
+    with _open_token(run) as token, ThreadPoolExecutor(len(others)) as pool:
+        answers = pool.map(lambda host: _greet(host, way, token), others)
         return {h.name: problem for h, problem in zip(others, answers, strict=True) if problem}
 
 
-def is_guard_gone(name: str, way: Way, pid: int) -> bool:
-    """Return whether a machine answers, and the guard that had this process id there is gone."""
-    try:
-        return pid not in ask_host(name, way, "--greet", "/", str(pid))["guards"]
-    except NoAnswerError:
-        return False
+@contextmanager
+def _open_token(run: Path | None) -> Iterator[Path]:
+    """Give a new file in a folder for a while; without one, what every machine sees."""
+    if run is None:
+        yield Path("/")
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(prefix=".greeting-", dir=run) as file:
+        yield Path(file.name)
+
+
+def find_guards(pids: Mapping[str, int], way: Way, seconds: float) -> dict[str, bool]:
+    """Return whether the guards that had these process ids still run, by name of their machine.
+
+    All are asked side by side; those that do not answer in time are left out.
+    """
+
+    def ask(name: str) -> bool | None:
+        try:
+            words = ("--greet", "/", str(pids[name]))
+            return pids[name] in ask_host(name, way, *words, seconds=seconds)["guards"]
+        except NoAnswerError:
+            return None
+
+    with ThreadPoolExecutor(len(pids)) as pool:
+        answers = zip(pids, pool.map(ask, pids), strict=True)
+        return {name: runs for name, runs in answers if runs is not None}
 
 
 class NoAnswerError(Exception):
@@ -69,7 +99,7 @@ class NoAnswerError(Exception):
         self.refusal = refusal
 
 
-def ask_host(name: str, way: Way, *words: str, seconds: float = START_SECONDS) -> dict[str, Any]:
+def ask_host(name: str, way: Way, *words: str, seconds: float) -> dict[str, Any]:
     """Return what a machine says of itself, within so many seconds.
 
     Raises:
@@ -99,7 +129,8 @@ def ask_host(name: str, way: Way, *words: str, seconds: float = START_SECONDS) -
 
 def _greet(host: Host, way: Way, token: Path) -> str | None:
     try:
-        theirs = ask_host(host.name, way, "--greet", str(token.absolute()))
+        words = ("--greet", str(token.absolute()))
+        theirs = ask_host(host.name, way, *words, seconds=GREET_SECONDS)
     except NoAnswerError as error:
         return str(error)
     if not theirs["sees"]:

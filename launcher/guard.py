@@ -30,6 +30,7 @@ from shoal.launcher.endings import Ending
 from shoal.launcher.hosts import is_loopback
 from shoal.launcher.inspection import answer, describe_installation
 from shoal.launcher.outcomes import Outcome, describe
+from shoal.launcher.output import drop_old_logs
 from shoal.launcher.processes import (
     ALONE,
     INTERFACE_VARIABLES,
@@ -40,9 +41,10 @@ from shoal.launcher.processes import (
 )
 from shoal.launcher.watchdog import WHY_NOT_MET
 from shoal.launcher.world import caught_signals
+from shoal.trainer.storage import write_text
 
 SILENCE_SECONDS = 30.0
-"""Without a word for so long, the launcher or the way to it is lost."""
+"""When the launcher has had no word of ours for so long, it or the way to it is lost."""
 REACH_SECONDS = 20.0
 """How long the first machine may take to answer another one."""
 AGENT_SECONDS = 5.0
@@ -68,6 +70,8 @@ class Task:
     timeout: float = 600
     save_seconds: float = 20
     environment: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    """Path -> text of what its ranks read, where machines do not share the run's folder."""
 
     @property
     def global_ranks(self) -> list[int]:
@@ -89,7 +93,7 @@ class Orders:
         self._lines, self._save_seconds = lines, save_seconds
         self._caught, self._answer = caught, answer
         self._port: int | None = None
-        self._heard = time.monotonic()
+        self._heard = self._answered = time.monotonic()
         self._advice: Advice = "go"
         self.lost_at: float | None = None
         """When it became clear that the launcher, or the way to it, is lost."""
@@ -98,9 +102,11 @@ class Orders:
 
     def _listen(self) -> None:
         for line in self._lines:
-            self._heard = time.monotonic()
             word = line.strip()
             if word == "beat":
+                # It asks again once it has our answer. So from the last one that it has it knows
+                # when we end at the latest, however late a word of its own reaches us.
+                self._heard, self._answered = self._answered, time.monotonic()
                 self._answer()
             elif word.startswith("port "):
                 self._port = int(word.split()[1])
@@ -125,8 +131,8 @@ class Orders:
         now = time.monotonic()
         if self.lost_at is None and now - self._heard > SILENCE_SECONDS:
             self.lost_at = now
-            with contextlib.suppress(OSError):  # with the launcher went who would read it
-                print("the launcher is gone: saving and stopping", file=sys.stderr, flush=True)
+            # Not from here: with the launcher went who would read it, and ranks wait for us.
+            threading.Thread(target=_say_launcher_is_gone, name="word", daemon=True).start()
         if self.lost_at is not None:
             return "stop" if now - self.lost_at < self._save_seconds else self._kill(now)
         return self._kill(now) if self._advice == "kill" else self._advice
@@ -140,6 +146,11 @@ class Orders:
         if now - self._killed_at > AGENT_SECONDS:
             os._exit(128 + signal.SIGKILL)
         return "kill"
+
+
+def _say_launcher_is_gone() -> None:
+    with contextlib.suppress(OSError):
+        print("the launcher is gone: saving and stopping", file=sys.stderr, flush=True)
 
 
 def find_interface(address: str) -> str:
@@ -192,6 +203,7 @@ def serve(
     ranks = set(task.global_ranks)
     say(started=os.getpid())
     try:
+        _write_files(task)
         place = replace(ALONE, name=task.name)
         if task.num_hosts > 1:
             interface = _chosen_interface() or find_interface(task.address)
@@ -222,7 +234,18 @@ def serve(
         say(ending=pack_ending(ending), lost=heard.lost_at is not None)
     except Exception as error:  # the other ranks, if there are any yet, die with this process
         outcome = describe(error, task.first_rank)
-        say(ending=pack_ending(Ending(outcomes={outcome.rank: outcome}, ended_by_us=ranks)))
+        none = Ending(outcomes={outcome.rank: outcome}, ended_by_us=ranks)
+        say(ending=pack_ending(none), refused=True)
+
+
+def _write_files(task: Task) -> None:
+    """Write what a machine without a share in the run's folder lacks."""
+    for name, text in task.files.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        write_text(Path(name), text)
+    if task.files and task.logs and not Path(task.logs).exists():
+        drop_old_logs(Path(task.logs).parent)
+        Path(task.logs).mkdir(parents=True)
 
 
 def _chosen_interface() -> str | None:

@@ -49,6 +49,8 @@ class Request:
     """Whether only that is looked at which takes no time."""
     mark: str | None = None
     """A file that this machine is to make beside the token."""
+    own_disk: bool = False
+    """Whether the folder of the run is one on a disk of its own."""
     meeting: tuple[int, str] | None = None
     """Port where the first machine listens now, and what it says to who connects."""
 
@@ -70,7 +72,7 @@ def inspect(request: Request) -> dict[str, Any]:
         "versions": describe_installation() | _describe_cuda(),
         "devices": _find_devices(touch=not request.quick),
         "shares": token.exists(),
-        "writes": _make_mark(request.mark),
+        "writes": _make_mark(request.mark, own_disk=request.own_disk),
         "config": _hash_config(token),
         "free_bytes": _free_bytes(Path(request.run)),
         "shards": {folder: _check_shards(Path(folder), request) for folder in request.shards},
@@ -136,12 +138,19 @@ def _wants_devices() -> bool:
     return os.environ.get("CUDA_VISIBLE_DEVICES") != ""
 
 
-def _make_mark(mark: str | None) -> str | None:
-    """Write the file that proves that this machine may write there; return why it cannot."""
+def _make_mark(mark: str | None, *, own_disk: bool) -> str | None:
+    """Write the file that proves that this machine may write there; return why it cannot.
+
+    On a disk of its own nobody else looks for it, and the folder may be new.
+    """
     if mark is None:
         return None
     try:
+        if own_disk:
+            Path(mark).parent.mkdir(parents=True, exist_ok=True)
         Path(mark).write_text(mark, encoding="utf-8")
+        if own_disk:
+            Path(mark).unlink()
     except OSError as error:
         return error.strerror or str(error)
     return None

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from shoal.configs.errors import (
@@ -25,8 +25,8 @@ from shoal.configs.load import dump_config
 from shoal.configs.schema import RunConfig
 from shoal.launcher.check import check_before_start
 from shoal.launcher.endings import Interrupted, interrupted
-from shoal.launcher.fanout import AttemptEnd, HostLostError, run_attempt
-from shoal.launcher.greeting import find_reachable, is_guard_gone
+from shoal.launcher.fanout import AttemptEnd, CutOff, HostLostError, run_attempt
+from shoal.launcher.greeting import find_guards, find_reachable
 from shoal.launcher.guard import AGENT_SECONDS, SILENCE_SECONDS
 from shoal.launcher.hosts import Host, is_local
 from shoal.launcher.outcomes import JOB_VARIABLE
@@ -42,6 +42,9 @@ FINAL = (
     ConfigError, DataError, PreflightError, NonFiniteLossError, StoppedOnRequest, Interrupted
 )  # fmt: skip
 """Ends that another attempt would only repeat, or that were asked for."""
+ASK_SECONDS = 10.0
+"""What a machine may take to say whether its guard is gone; a request to stop waits as long."""
+GONE_MARGIN_SECONDS = 2.0
 
 
 def supervise(hosts: Sequence[Host], config: RunConfig, watch: Sequence[int] = ()) -> None:
@@ -57,6 +60,7 @@ def supervise(hosts: Sequence[Host], config: RunConfig, watch: Sequence[int] = (
         RetriesExhausted: every attempt failed.
         ShoalError: what no further attempt would change.
     """
+    _check_way(hosts, config)
     descriptors = [open_process(pid) for pid in watch]
     try:
         job = {JOB_VARIABLE: uuid.uuid4().hex}
@@ -66,6 +70,22 @@ def supervise(hosts: Sequence[Host], config: RunConfig, watch: Sequence[int] = (
         for descriptor in descriptors:
             if descriptor is not None:
                 os.close(descriptor)
+
+
+def _check_way(hosts: Sequence[Host], config: RunConfig) -> None:
+    """Refuse to start guards where they would not find their key.
+
+    Raises:
+        ConfigError: they call back, and its folder is not shared.
+    """
+    way, copies = config.world.launcher, config.checkpoint.copies
+    if way != "ssh" and copies != "shared" and not all(is_local(host.name) for host in hosts):
+        raise ConfigError(
+            f"{way} needs a run folder that all hosts share, and checkpoint.copies={copies} says "
+            "that there is none",
+            where="world.launcher",
+            fix="world.launcher=ssh; or let Slurm start the ranks: `srun python launcher/run.py`",
+        )
 
 
 class _Job:
@@ -81,9 +101,13 @@ class _Job:
         self.hosts = self.all_hosts = hosts
         self.config, self.world = config, config.world
         self.folder, self.way = run_folder(config), config.world.launcher
+        self.own_disks = config.checkpoint.copies != "shared"
+        """Whether no other machine sees the folder of the run."""
         self.watched, self.caught = watched, caught
         self._stop_at = time.monotonic() + seconds_to_train(self.world)
         self._is_late = False
+        self._left_out: set[str] = set()
+        """Machines that failed again and again, while the others were well."""
         self._checkpoints = self.folder / "checkpoints"
         self._refusal: dict[str, str] = {}
         """Tells ranks which checkpoint to leave out."""
@@ -91,6 +115,18 @@ class _Job:
 
     def run(self) -> None:
         """Make attempts until one succeeds."""
+        try:
+            self._run()
+        except Interrupted as error:
+            if newest := newest_checkpoint(self.folder):
+                raise StoppedOnRequest(
+                    f"{error.cause}; {newest} is the newest that there is",
+                    where=self.folder,
+                    fix="run the same command again: it goes on from there",
+                ) from None
+            raise
+
+    def _run(self) -> None:
         attempts = self.world.max_restarts + 1
         check_before_start(self.hosts, self.config)
         self._heed_request()
@@ -99,12 +135,16 @@ class _Job:
             end = self._attempt()
             if end.error is None:
                 return
-            if isinstance(end.error, FINAL) or attempts == 1:
+            sign = self._sign(end.error)
+            unfit = self._find_unfit(end, sign in seen) if attempt > 1 else set()
+            if attempts == 1 or (isinstance(end.error, FINAL) and not unfit):
                 raise end.error
             end.error.add_note(newest_checkpoint_note(self.folder))
             show_error(end.error)
-            sign = self._sign(end.error)
-            if sign in seen and not self._go_back(end.error):
+            if unfit:
+                self._left_out |= unfit
+                self._say(f"{', '.join(sorted(unfit))}: left out from now on")
+            elif sign in seen and not self._go_back(end.error):
                 raise self._exhausted("the same failure twice, and no checkpoint in between")
             seen |= {sign, self._sign(end.error)}
             if attempt < attempts:
@@ -112,6 +152,18 @@ class _Job:
                 names = ", ".join(host.name for host in self.hosts)
                 self._say(f"attempt {attempt + 1} of {attempts}, on {names}")
         raise self._exhausted(f"{attempts} attempts failed")
+
+    def _find_unfit(self, end: AttemptEnd, again: bool) -> set[str]:
+        """Return the machines that keep the others from training, where those are enough.
+
+        That is one that was lost twice without any progress; and one whose guard refuses what was
+        possible when the job began, such as one that is back with fewer GPUs.
+        """
+        unfit = set(end.refused) if again or isinstance(end.error, PreflightError) else set()
+        if again and isinstance(end.error, HostLostError):
+            unfit.add(end.error.where or "")
+        unfit &= {host.name for host in self.hosts}
+        return unfit if len(self.hosts) - len(unfit) >= self.world.min_hosts else set()
 
     def _go_back(self, error: ShoalError) -> bool:
         """Leave out the checkpoint that failed; return whether there is an older one to go on from.
@@ -168,17 +220,18 @@ class _Job:
         # One text for all machines and attempts: the user's own file may change meanwhile.
         file = self.folder / "launch.yaml"
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(file, dump_config(self.config))
+        text = dump_config(self.config)
+        write_text(file, text)
         (self._checkpoints / RESUMED).unlink(missing_ok=True)
         if self._last_save() != self._refused_at:
             self._refusal = {}
         with changed_environment(self._refusal):
-            return self._start(file)
+            return self._start(file, {str(file): text} if self.own_disks else {})
 
-    def _start(self, file: Path) -> AttemptEnd:
+    def _start(self, file: Path, files: Mapping[str, str]) -> AttemptEnd:
         if len(self.hosts) > 1 or not is_local(self.hosts[0].name):
             return run_attempt(
-                self.hosts, [str(file)], self.world, self.folder, self.caught, self._gone
+                self.hosts, [str(file)], self.world, self.folder, self.caught, self._gone, files
             )
         try:
             launch_ranks(
@@ -196,44 +249,53 @@ class _Job:
         return AttemptEnd(None)
 
     def _gather(self, end: AttemptEnd) -> None:
-        """Wait until nothing of the last attempt can be alive; find the machines that answer."""
-        left = dict(end.cut_off)
-        if left:
-            self._say(f"waiting until nothing of this can run on {', '.join(left)} any more")
-        deadline = time.monotonic() + self._gone_seconds
-        while left and time.monotonic() < deadline:
-            self._heed_request()
-            for name, pid in list(left.items()):
-                if pid and is_guard_gone(name, self.way, pid):
-                    del left[name]
-            time.sleep(1.0)
+        """Find the machines that answer, once nothing of the last attempt can be alive."""
+        lost = self._await_end(end.cut_off)
         self._heed_request()
         try:
             # Of all: what was lost may have come back.
             least = self.world.min_hosts
-            self.hosts = find_reachable(self.all_hosts, self.way, least, self.folder)
+            found = find_reachable(
+                self.all_hosts, self.way, least, None if self.own_disks else self.folder, lost
+            )
         finally:
             self._heed_request()
+        fit = [host for host in found if host.name not in self._left_out]
+        if len(fit) < least:  # better those than none
+            self._left_out, fit = set(), found
+        self.hosts = fit
+
+    def _await_end(self, cut_off: Mapping[str, CutOff]) -> set[str]:
+        """Wait until no guard that is cut off can have ranks; return who did not answer at last."""
+        left, silent = dict(cut_off), set[str]()
+        if left:
+            self._say(f"waiting until nothing of this can run on {', '.join(left)} any more")
+        while left:
+            self._heed_request()
+            seconds = max(one.since for one in left.values()) + self._gone_seconds
+            seconds -= time.monotonic()
+            if seconds <= 0:
+                break
+            pids = {name: one.pid for name, one in left.items() if one.pid}
+            if pids and seconds > ASK_SECONDS / 2:
+                found = find_guards(pids, self.way, min(ASK_SECONDS, seconds))
+                silent = set(pids) - set(found) if self.way != "none" else set()
+                left = {name: one for name, one in left.items() if found.get(name, True)}
+            time.sleep(min(1.0, seconds) if left else 0)
+        return silent
 
     @property
     def _gone_seconds(self) -> float:
         """After that the guard of a lost machine has ended its ranks, if the machine runs."""
-        return SILENCE_SECONDS + self.world.save_seconds + AGENT_SECONDS
+        return SILENCE_SECONDS + self.world.save_seconds + AGENT_SECONDS + GONE_MARGIN_SECONDS
 
     def _heed_request(self) -> None:
         """Stop here if somebody has asked for it.
 
         Raises:
-            StoppedOnRequest: there is a checkpoint to go on from.
-            Interrupted: there is none.
+            Interrupted: so it is.
         """
         if self.caught or self._gone():
-            if newest_checkpoint(self.folder):
-                raise StoppedOnRequest(
-                    "stopped on request between two attempts",
-                    where=self.folder,
-                    fix="run the same command again to continue",
-                )
             raise interrupted(self.caught[0] if self.caught else signal.SIGTERM)
 
     def _gone(self) -> bool:

@@ -268,3 +268,29 @@ def test_a_run_folder_that_is_not_shared_is_named(
     job.start("output=/run")  # a file system of each host's own
     assert job.wait() == 4, job.output()
     assert f"n2: does not share the run folder /run/{RUN['name']}" in job.output()
+
+
+def test_hosts_may_have_disks_of_their_own(
+    lab: list[LabHost], undisturbed: Job, tmp_path: Path
+) -> None:
+    """Each keeps all that is saved, so that one of them can go on alone."""
+    job = make_job(tmp_path, lab, undisturbed)
+    words = ("output=/run/disk", "checkpoint.copies=every")  # a file system of each host's own
+    roots = [Path(f"/proc/{host.sshd.pid}/root") for host in lab[:2]]
+    disks = [root / "run" / "disk" / RUN["name"] for root in roots]
+    job.run = disks[0]
+    job.set_plan(kind=None, pace=PACE)
+    job.start(*words)
+    job.wait_for_step(12)
+    the_launcher(job).send_signal(signal.SIGTERM)
+    assert job.wait() == 5, job.output()
+    saved = [sorted(folder.name for folder in disk.glob("checkpoints/step-*")) for disk in disks]
+    assert saved[0] == saved[1] and len(saved[0]) > 1
+    logs = [list(disk.glob("logs/attempt-00001/rank-*.log")) for disk in disks]
+    assert [[log.name for log in one] for one in logs] == [["rank-00000.log"], ["rank-00001.log"]]
+    job.set_plan(kind=None)
+    job.run, job.home = disks[1], lab[1]
+    (job.folder / "hosts").write_text("n2 slots=1\n")
+    job.start(*words)
+    assert job.wait() == 0, job.output()
+    assert job.rows() == undisturbed.rows()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ from shoal.configs.errors import (
 from shoal.configs.schema import DataConfig, RunConfig, Stream, TrainConfig, WorldConfig
 from shoal.launcher import supervision
 from shoal.launcher.commands import Way
-from shoal.launcher.endings import Interrupted
-from shoal.launcher.fanout import AttemptEnd, HostLostError
+from shoal.launcher.endings import Interrupted, interrupted
+from shoal.launcher.fanout import AttemptEnd, CutOff, HostLostError
 from shoal.launcher.hosts import Host
 from shoal.trainer.aside import REFUSED_VARIABLE, note_resumed, read_resumed
 from shoal.trainer.checkpoint import checkpoint_name
@@ -41,14 +42,17 @@ class Job:
             train=TrainConfig(tokens=1),
             world=WorldConfig(**world),
         )
-        self.ends: list[tuple[ShoalError | None, dict[str, int | None]]] = []
+        self.ends: list[tuple[Any, ...]] = []
         self.hosts: list[list[str]] = []
         self.answering: set[str] | None = None
         self.before: Callable[[], object] = lambda: None
         monkeypatch.setattr(supervision, "run_attempt", self._attempt)
         monkeypatch.setattr(supervision, "find_reachable", self._find)
         monkeypatch.setattr(supervision, "check_before_start", lambda *_: None)
-        monkeypatch.setattr(supervision, "is_guard_gone", lambda name, way, pid: True)
+        monkeypatch.setattr(supervision, "find_guards", self._find_guards)
+        self.lost: list[list[str]] = []
+        self.guards: Callable[[float], dict[str, bool]] = lambda seconds: {}
+        self.asked: list[dict[str, int]] = []
 
     def run(self, *names: str) -> None:
         supervision.supervise([Host(name, 1) for name in names], self.config)
@@ -58,7 +62,12 @@ class Job:
         self.hosts.append([host.name for host in hosts])
         return AttemptEnd(*self.ends.pop(0))
 
-    def _find(self, hosts: Sequence[Host], *_: object) -> list[Host]:
+    def _find_guards(self, pids: dict[str, int], way: Way, seconds: float) -> dict[str, bool]:
+        self.asked.append(pids)
+        return self.guards(seconds)
+
+    def _find(self, hosts: Sequence[Host], *given: Any) -> list[Host]:
+        self.lost.append(sorted(given[-1]))
         return [h for h in hosts if self.answering is None or h.name in self.answering]
 
 
@@ -92,6 +101,47 @@ def test_a_host_that_is_back_is_taken_back_in_its_place(job: Job) -> None:
         ["n2.invalid", "n3.invalid"],
         ["n1.invalid", "n2.invalid", "n3.invalid"],
     ]
+
+
+def test_a_host_that_is_lost_twice_without_progress_is_left_out(
+    job: Job, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job.ends = [(lost("n2.invalid"), {}), (lost("n2.invalid"), {}), (None, {})]
+    job.run("n1.invalid", "n2.invalid")
+    assert job.hosts == [["n1.invalid", "n2.invalid"]] * 2 + [["n1.invalid"]]
+    assert "n2.invalid: left out from now on" in capfd.readouterr().err
+
+
+def test_no_host_is_left_out_below_the_minimum(job: Job) -> None:
+    job.config = job.config.model_copy(update={"world": WorldConfig(max_restarts=2, min_hosts=2)})
+    job.ends = [(lost("n2.invalid"), {})] * 2
+    with pytest.raises(RetriesExhausted, match="the same failure twice"):
+        job.run("n1.invalid", "n2.invalid")
+
+
+def test_a_host_that_was_left_out_comes_in_again_for_one_that_is_gone(job: Job) -> None:
+    job.config = job.config.model_copy(update={"world": WorldConfig(max_restarts=3)})
+    job.ends = [(lost("n2.invalid"), {})] * 2 + [(lost("n1.invalid"), {}), (None, {})]
+    job.before = lambda: len(job.hosts) == 2 and setattr(job, "answering", {"n2.invalid"})
+    job.run("n1.invalid", "n2.invalid")
+    assert job.hosts[-1] == ["n2.invalid"]
+
+
+def test_a_host_that_is_back_with_fewer_devices_does_not_end_the_job(job: Job) -> None:
+    few = PreflightError("8 ranks on this machine, but it has 7 GPUs", where="its-own-name")
+    job.ends = [(lost("n3.invalid"), {}), (few, {}, ["n3.invalid"]), (None, {})]
+    job.run("n1.invalid", "n3.invalid")
+    assert job.hosts == [["n1.invalid", "n3.invalid"]] * 2 + [["n1.invalid"]]
+
+
+@pytest.mark.parametrize("refused", [["n2.invalid"], []])
+def test_what_a_machine_refuses_at_first_or_a_rank_later_ends_the_job(
+    refused: list[str], job: Job
+) -> None:
+    job.ends = [] if refused else [(lost("n2.invalid"), {})]
+    job.ends.append((PreflightError("so"), {}, refused))
+    with pytest.raises(PreflightError, match="so"):
+        job.run("n1.invalid", "n2.invalid")
 
 
 def checkpoints(job: Job) -> list[str]:
@@ -190,7 +240,7 @@ def test_a_run_never_begins_anew_by_itself(saved: tuple[int, ...], job: Job) -> 
     assert checkpoints(job) == [f"step-{step:08d}" for step in saved]
 
 
-@pytest.mark.parametrize("error", [HostLostError("gone", where="n2"), NotMetError("apart")])
+@pytest.mark.parametrize("error", [HostLostError("gone"), NotMetError("apart")])
 def test_a_checkpoint_is_not_suspected_for_what_the_network_does(
     error: ShoalError, job: Job
 ) -> None:
@@ -225,28 +275,76 @@ def test_what_no_attempt_would_change_ends_the_job(kind: type[ShoalError], job: 
         job.run("n1.invalid", "n2.invalid")
 
 
-def test_what_is_cut_off_is_asked_for_before_the_next_attempt(
+def cut(pid: int | None = 77, ago: float = 0) -> CutOff:
+    return CutOff(pid, time.monotonic() - ago)
+
+
+def test_what_is_cut_off_is_asked_for_before_the_next_attempt(job: Job) -> None:
+    answers = [{"n2.invalid": True, "n3.invalid": False}, {}, {"n2.invalid": False}]
+    job.guards = lambda seconds: answers.pop(0)
+    names = {name: cut() for name in ("n2.invalid", "n3.invalid")}
+    job.ends = [(lost("n2.invalid"), names), (None, {})]
+    job.run("n1.invalid", "n2.invalid", "n3.invalid")
+    assert job.asked == [{"n2.invalid": 77, "n3.invalid": 77}, *[{"n2.invalid": 77}] * 2]
+    assert job.lost == [[]]
+
+
+def test_who_is_cut_off_is_waited_for_from_its_last_word_on(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[str, int]] = []
+    monkeypatch.setattr(supervision, "ASK_SECONDS", 0.5)
+    limits: list[float] = []
 
-    def is_gone(name: str, way: Way, pid: int) -> bool:
-        asked.append((name, pid))
-        return len(asked) > 1
+    def hang(seconds: float) -> dict[str, bool]:
+        limits.append(seconds)
+        time.sleep(seconds)
+        return {"n3.invalid": False}
 
-    monkeypatch.setattr(supervision, "is_guard_gone", is_gone)
-    job.ends = [(lost("n2.invalid"), {"n2.invalid": 77}), (None, {})]
-    job.run("n1.invalid", "n2.invalid")
-    assert asked == [("n2.invalid", 77)] * 2
+    job.guards = hang
+    promised = supervision.SILENCE_SECONDS + job.config.world.save_seconds
+    promised += supervision.AGENT_SECONDS
+    ends = {"n2.invalid": cut(ago=promised), "n3.invalid": cut()}
+    job.ends = [(lost("n2.invalid"), ends), (None, {})]
+    begun = time.monotonic()
+    job.run("n1.invalid", "n2.invalid", "n3.invalid")
+    waited = time.monotonic() - begun
+    assert 1 < waited < 10, "so long ago that its ranks are gone, but for a margin"
+    assert max(limits) <= 0.5
+    assert job.lost == [["n2.invalid"]], "not to be waited for again"
+    # Who has never said a word may begin late: it is asked for nothing.
+    job.ends = [(lost("n2.invalid"), {"n2.invalid": cut(None, ago=promised + 1)}), (None, {})]
+    job.asked.clear()
+    job.run("n1.invalid", "n2.invalid", "n3.invalid")
+    assert (job.asked, job.lost[-1]) == ([], [])
 
 
-def test_a_request_between_attempts_is_heeded(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    job.ends = [(lost("n2.invalid"), {"n2.invalid": 77})]
-    monkeypatch.setattr(supervision, "is_guard_gone", lambda name, way, pid: False)
+def test_a_request_between_attempts_is_heeded(job: Job) -> None:
+    job.ends = [(lost("n2.invalid"), {"n2.invalid": cut()})]
     threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
     with pytest.raises(Interrupted) as caught:
         job.run("n1.invalid", "n2.invalid")
     assert caught.value.exit_code == 128 + signal.SIGTERM
+
+
+def test_a_stop_that_saves_nothing_is_a_stop_where_there_is_a_checkpoint(job: Job) -> None:
+    job.ends = [(interrupted(signal.SIGUSR1), {})]
+    with pytest.raises(Interrupted) as caught:
+        job.run("n1.invalid")
+    assert caught.value.exit_code == 128 + signal.SIGUSR1
+    save(job, 40)
+    job.ends = [(interrupted(signal.SIGUSR1), {})]
+    with pytest.raises(StoppedOnRequest, match=r"SIGUSR1 .*; .*step-00000040 is the newest") as end:
+        job.run("n1.invalid")
+    assert end.value.exit_code == 5
+
+
+def test_guards_that_call_back_need_a_shared_folder(job: Job) -> None:
+    kept = job.config.checkpoint.model_copy(update={"copies": "every"})
+    job.config = job.config.model_copy(
+        update={"checkpoint": kept, "world": WorldConfig(launcher="pdsh")}
+    )
+    with pytest.raises(ConfigError, match="pdsh needs a run folder that all hosts share"):
+        job.run("n1.invalid", "n2.invalid")
 
 
 def test_a_signal_before_ranks_are_watched_reaches_them(

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import pty
+import select
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from shoal.configs.errors import ShoalError
-from shoal.launcher.output import ATTEMPTS_KEPT, next_log_folder
+from shoal.launcher import output
+from shoal.launcher.output import ATTEMPTS_KEPT, Screen, next_log_folder
 from shoal.launcher.processes import launch_ranks
 
 WORKER = """
@@ -89,6 +93,63 @@ def test_the_display_of_rank_0_has_the_terminal(command: list[str], tmp_path: Pa
         "", "[rank 1] hello from 1 in a pipe", "hello from 0 on a terminal",
     ]  # fmt: skip
     assert (tmp_path / "rank-00000.log").read_text() == "trouble\n"
+
+
+def test_a_job_whose_output_nobody_reads_ends(command: list[str], tmp_path: Path) -> None:
+    """Its screen is a pipe that is full: what is not shown is in the files."""
+    (tmp_path / "launcher.py").write_text(LAUNCHER.replace("fine", "killed"))
+    words = [sys.executable, "-P", str(tmp_path / "launcher.py"), command[-1], str(tmp_path)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.wait(60) == 1, "a rank was killed"
+    kept = (tmp_path / "rank-00001.log").read_text().splitlines()
+    assert kept[-2:] == ["line 19999", "half a li"]
+
+
+def test_who_reads_nothing_misses_lines_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output, "HELD_BYTES", 1000)
+    monkeypatch.setattr(output, "PATIENCE_SECONDS", 0.3)
+    read, write = os.pipe()
+    count = 10_000  # more than the pipe holds
+    lines = [b"%05d\n" % number for number in range(2 * count)]
+    screen, begun = Screen(), time.monotonic()
+    for line in lines[: 2 * count]:
+        screen.show(write, line)
+    assert time.monotonic() - begun < 10, "waited for once"
+    screen.close()
+    seen = b""
+    while b"00001\n" not in seen or select.select([read], [], [], 1)[0]:
+        seen += os.read(read, 1 << 16)
+    screen.show(write, b"again\n")
+    screen.close()
+    seen += os.read(read, 1 << 16)
+    *shown, told, last = seen.splitlines(keepends=True)
+    assert shown == lines[: len(shown)], "the first ones, in order"
+    missed = 2 * count - len(shown)
+    assert told == b"(%d lines are not shown here, where nobody read them)\n" % missed
+    assert last == b"again\n"
+    os.close(read)
+
+
+def test_a_reader_that_is_slow_misses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output, "HELD_BYTES", 1000)
+    read, write = os.pipe()
+    lines = [b"%05d\n" % number for number in range(20_000)]
+
+    def show() -> None:
+        for line in lines:
+            screen.show(write, line)
+        screen.close()
+        os.close(write)
+
+    screen = Screen()
+    thread = threading.Thread(target=show)
+    thread.start()
+    seen = b""
+    while data := os.read(read, 1 << 14):
+        seen += data
+        time.sleep(0.02)
+    thread.join()
+    assert seen.splitlines(keepends=True) == lines
 
 
 def test_every_attempt_has_its_folder_and_old_ones_go(tmp_path: Path) -> None:

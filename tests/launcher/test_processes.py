@@ -39,6 +39,7 @@ def work():
             file.write(line)
         return
     if mode in ("hang", "frozen"):
+        signal.signal(signal.SIGTERM, lambda *_: None)  # as a rank that trains; the agent sends it
         started = pathlib.Path(os.environ["SHOAL_OUTCOMES"])
         while len(list(started.glob("rank-*.pid"))) < 2:  # one may be much later than the other
             time.sleep(0.05)

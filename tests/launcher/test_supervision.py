@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,13 +25,11 @@ from shoal.configs.errors import (
 )
 from shoal.configs.schema import WorldConfig
 from shoal.launcher import calls, fanout
-from shoal.launcher import guard as guard_module
 from shoal.launcher.calls import Call, Switchboard
-from shoal.launcher.commands import Way, guard_command
+from shoal.launcher.commands import Way
 from shoal.launcher.endings import Interrupted
 from shoal.launcher.fanout import AttemptEnd, HostLostError, make_tasks, run_attempt
-from shoal.launcher.greeting import is_guard_gone
-from shoal.launcher.guard import is_guard
+from shoal.launcher.greeting import find_guards
 from shoal.launcher.hosts import Host
 from shoal.launcher.world import caught_signals
 
@@ -86,6 +83,16 @@ def test_each_rank_of_each_host_is_started_once(way: Way, log: str, stage: Path)
     assert (stage / f"logs/attempt-00001/{log}.log").read_text().startswith("--- ")
     assert not list(guards())
     assert not (stage / ".call-key").exists()
+
+
+def test_hosts_that_share_no_folder_are_sent_what_their_ranks_read(
+    stage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, text = stage / "disk" / "launch.yaml", (stage / "run.yaml").read_text()
+    world, hosts = WorldConfig(), [HERE, THERE]
+    run_attempt(hosts, [str(file)], world, stage, [], lambda: False, {str(file): text})
+    assert file.read_text() == text
+    assert set(records(stage)) == {"0", "1", "2"}
 
 
 def test_a_guard_may_be_started_by_hand(stage: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -173,9 +180,11 @@ def test_a_rank_elsewhere_ends_all_with_its_own_error(
     stage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE", "data")
-    error = attempt(stage, []).error
+    end = attempt(stage, [])
+    error = end.error
     assert type(error) is DataError
     assert str(error.where) == "shard.00001.mds"
+    assert not end.refused
     assert any("failed first: rank 1" in note for note in error.__notes__)
     assert not any(psutil.pid_exists(words[2]) for words in records(stage).values())
 
@@ -237,7 +246,8 @@ def test_a_guard_that_is_killed_leaves_nothing_to_wait_for(
     assert type(end.error) is HostLostError
     assert end.error.where == (THERE if elsewhere else HERE).name
     assert "its guard ended" in str(end.error) or "ssh ended (exit code -9)" in str(end.error)
-    assert all(is_guard_gone(name, "ssh", pid) for name, pid in end.cut_off.items() if pid)
+    pids = {name: one.pid for name, one in end.cut_off.items() if one.pid}
+    assert not pids or find_guards(pids, "ssh", 60) == dict.fromkeys(pids, False)
     assert bool(end.cut_off) is elsewhere, "gone by a signal is what a killed ssh looks like, too"
 
 
@@ -249,8 +259,11 @@ def test_a_guard_that_stands_still_is_given_up(
     for name, value in seconds.items():
         monkeypatch.setattr(fanout, name, value)
 
+    suspended: list[float] = []
+
     def suspend() -> None:
         next(guard for guard in guards() if not guard.cmdline()[-1].isdigit()).suspend()
+        suspended.append(time.monotonic())
 
     thread = meanwhile(stage, 3, suspend)
     end = attempt(stage, [])
@@ -259,6 +272,7 @@ def test_a_guard_that_stands_still_is_given_up(
     assert end.error.where == THERE.name
     assert end.error.cause == "its guard stands still: no word for 2 s"
     assert list(end.cut_off) == [THERE.name]
+    assert end.cut_off[THERE.name].since < suspended[0] + 1, "it has heard nothing since"
     assert not list(guards())
 
 
@@ -275,55 +289,15 @@ def test_hosts_whose_ranks_do_not_find_the_others_are_named(
     assert "firewall" in (end.error.fix or "")
 
 
-def test_the_port_where_hosts_meet_is_held_before_it_is_told() -> None:
-    store = guard_module._open_store(2, 10)
-    with socket.socket() as other, pytest.raises(OSError, match="in use"):
-        other.bind(("", store.port))
-    guard_module._check_way("127.0.0.1", store.port)
-    from torch.distributed import TCPStore
-
-    agent = TCPStore("127.0.0.1", store.port, 1, is_master=True, multi_tenant=True)
-    agent.set("key", "value")
-    assert store.get("key") == b"value", "torchrun's agent finds the same one"
-
-
-def test_a_first_machine_that_cannot_be_reached_is_named() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))  # and nobody listens
-        with pytest.raises(NotMetError, match=r"cannot reach 127\.0\.0\.1:.*refused") as caught:
-            guard_module._check_way("127.0.0.1", free.getsockname()[1])
-    assert caught.value.where == socket.gethostname()
-
-
 def test_an_error_of_a_guard_comes_with_its_machine(
     stage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("NCCL_SOCKET_IFNAME")
     hosts = [Host("no-such-host.invalid", 1), HERE]
-    error = attempt(stage, [], hosts).error
-    assert type(error) is PreflightError
-    assert "cannot reach no-such-host.invalid, the first machine" in error.cause
-
-
-def test_a_guard_lives_until_it_is_gone() -> None:
-    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    guard = subprocess.Popen(guard_command("1"), stdin=subprocess.PIPE)
-    try:
-        assert not is_guard(other.pid)
-        deadline = time.monotonic() + 60
-        while not is_guard(guard.pid) and time.monotonic() < deadline:  # forked, and not yet itself
-            time.sleep(0.05)
-        assert is_guard(guard.pid)
-        guard.send_signal(signal.SIGSTOP)
-        while psutil.Process(guard.pid).status() != psutil.STATUS_STOPPED:
-            time.sleep(0.05)
-        assert not is_guard(guard.pid)
-        assert guard.wait(60) == -signal.SIGKILL, "who hears nothing is ended"
-    finally:
-        for process in (other, guard):
-            process.kill()
-            process.communicate()
-    assert not is_guard(guard.pid)
+    end = attempt(stage, [], hosts)
+    assert type(end.error) is PreflightError
+    assert "cannot reach no-such-host.invalid, the first machine" in end.error.cause
+    assert HERE.name in end.refused, "its guard, and no rank of it"
 
 
 def test_others_get_what_steers_libraries_and_nothing_else() -> None:
