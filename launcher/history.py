@@ -14,9 +14,9 @@ from typing import Any
 
 from shoal.configs.errors import DataError
 from shoal.configs.schema import RunConfig
+from shoal.launcher.lock import LOCK
 from shoal.launcher.runs import CONFIG_FILE, has_diverged, read_run
 
-LOCK = ".lock"
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
 

@@ -5,12 +5,8 @@ Each function is one command's worth of work; everything heavy is imported when 
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
 import shutil
 import socket
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
@@ -21,9 +17,8 @@ from shoal.configs.errors import ConfigError, DataError, NonFiniteLossError, Pre
 from shoal.configs.load import dump_config
 from shoal.configs.schema import RunConfig
 from shoal.launcher.corpus import Corpus, open_corpus, wait_for_corpus
-from shoal.launcher.outcomes import JOB_VARIABLE
+from shoal.launcher.lock import hold_lock
 from shoal.launcher.runs import CONFIG_FILE, DIVERGED, run_folder
-from shoal.trainer.ledger import now
 from shoal.trainer.storage import write_text
 
 if TYPE_CHECKING:
@@ -35,8 +30,6 @@ if TYPE_CHECKING:
     from shoal.trainer.objective import Objective, Teacher
     from shoal.trainer.segment import RunFacts, Validation
 
-LOCK_SECONDS = 10  # ranks of a killed job may take a moment to go
-LEASE_SECONDS = 120
 TIMEOUT_MARGIN = 60
 
 
@@ -67,10 +60,15 @@ def _train_one(config: RunConfig, world: World, device: torch.device) -> None:
     from shoal.trainer.engine import Engine
     from shoal.trainer.identity import check_same_on_ranks
     from shoal.trainer.loop import train as run_loop
-    from shoal.trainer.teamwork import raise_together
+    from shoal.trainer.teamwork import do_together, raise_together
 
     folder = run_folder(config)
-    lock = _lock(folder, world)
+    lock = do_together(
+        lambda tick: hold_lock(folder, world.rank, tick),
+        "waiting for the lock of the run",
+        world.watchdog.touch,
+        device,
+    )
     corpus = open_corpus(config)
     config = resolve_run(config, corpus.manifest)
     position = corpus.identity() | _teacher_identity(config)
@@ -105,7 +103,8 @@ def _train_one(config: RunConfig, world: World, device: torch.device) -> None:
         if world.rank == 0:  # a rate that is too high is a result of a search, not its end
             write_text(folder / DIVERGED, str(error))
     engine.close()
-    lock.close()
+    if lock:
+        lock.close()
 
 
 def _teacher_identity(config: RunConfig) -> dict[str, Any]:
@@ -281,55 +280,3 @@ def _validation(config: RunConfig, corpus: Corpus, world: World) -> Validation |
         token_bytes=Tokenizer.load(corpus.validation.tokenizer_folder).token_bytes,
     )
     return Validation(batches, text_bytes)
-
-
-def _lock(folder: Path, world: World) -> Any:
-    """Hold the run's lock on rank 0 for as long as the returned file is open.
-
-    Raises:
-        PreflightError: another process holds it; names that.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / ".lock").open("a+")
-    if world.rank != 0:
-        return file
-    begun, job = time.monotonic(), os.environ.get(JOB_VARIABLE, "")
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            file.seek(0)
-            holder = _read_holder(file.read())
-            # A rank of this job whose host was lost: its file server lets go after a while.
-            ours = bool(job) and holder.get("job") == job
-            if time.monotonic() - begun > (LEASE_SECONDS if ours else LOCK_SECONDS):
-                raise _explain_lock(folder, holder) from None
-            time.sleep(1)
-    holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": now(), "job": job}
-    file.truncate(0)
-    file.write(json.dumps(holder))
-    file.flush()
-    return file
-
-
-def _read_holder(text: str) -> dict[str, Any]:
-    """Return what a lock says of who holds it; nothing where it says nothing."""
-    try:
-        return dict(json.loads(text))
-    except ValueError:
-        return {}
-
-
-def _explain_lock(folder: Path, holder: dict[str, Any]) -> PreflightError:
-    """Return the error for a run that another process trains, or has trained on a lost host."""
-    who, fix = "another process", "wait for it, stop it, or give this one another name="
-    if holder:
-        who = f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')},"
-    if holder.get("host") != socket.gethostname():
-        fix += (
-            "; if that host is gone, a network file system keeps its lock for some minutes "
-            "(NFSv4) or until it is back (NFSv3): once nothing trains there, remove "
-            f"{folder / '.lock'}"
-        )
-    return PreflightError(f"{who} is training this run", where=folder, fix=fix)

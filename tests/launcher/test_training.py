@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 import socket
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,29 +79,3 @@ def test_a_full_disk_ends_a_command_and_a_rank_with_one_screen(
     told = describe(OSError(errno.ENOSPC, "No space left on device", "runs/a/file"), rank=1)
     assert (told.kind, told.exit_code, told.where) == ("PreflightError", 4, "runs/a/file")
     assert guard(lambda: Path("/nowhere/at/all").read_text() and None) == 1, "that is a bug"
-
-
-def test_a_run_that_another_trains_names_who_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first, other = SimpleNamespace(rank=0), SimpleNamespace(rank=1)
-    monkeypatch.setattr(training, "LOCK_SECONDS", 0)
-    monkeypatch.setenv("SHOAL_JOB", "one")
-    held = training._lock(tmp_path, first)
-    training._lock(tmp_path, other).close()  # asks for nothing
-    monkeypatch.setenv("SHOAL_JOB", "two")
-    here = f"process {os.getpid()} on {socket.gethostname()}, since 2"
-    with pytest.raises(PreflightError, match=here) as caught:
-        training._lock(tmp_path, first)
-    assert "network file system" not in (caught.value.fix or "")
-    held.truncate(0)
-    held.write('{"host": "n7", "pid": 5, "since": "noon", "job": "two"}')
-    held.flush()
-    monkeypatch.setattr(training, "LEASE_SECONDS", 2)
-    begun = time.monotonic()
-    with pytest.raises(PreflightError, match="process 5 on n7, since noon") as caught:
-        training._lock(tmp_path, first)
-    assert time.monotonic() - begun > 2, "of this job: its host may be lost, and its lock lapse"
-    assert f"once nothing trains there, remove {tmp_path / '.lock'}" in (caught.value.fix or "")
-    held.close()
-    training._lock(tmp_path, first).close()
