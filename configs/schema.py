@@ -319,7 +319,9 @@ class WorldConfig(Section):
     )  # fmt: skip
     min_hosts: Count = Field(1, description="with fewer hosts of the hostfile left, give up")
     save_seconds: Count = Field(
-        20, description="what ranks get to save in when a host or the launcher was lost"
+        20,
+        description="what ranks get to save in when a host or the launcher was lost, and may take "
+        "without progress once they are to stop",
     )
 
     @model_validator(mode="after")

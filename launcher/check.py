@@ -78,7 +78,10 @@ def check_cluster(
             findings.append(answer)
         else:
             alone = len(hosts) == 1
-            findings += judge_host(host, answer, known[0], config, quick=quick, alone=alone)
+            try:
+                findings += judge_host(host, answer, known[0], config, quick=quick, alone=alone)
+            except (KeyError, TypeError) as error:  # another version answers something else
+                findings.append(_explain_crash(host, error))
     if probe and not quick and all(finding.is_good for finding in findings):
         findings.append(_probe(config, hosts))
     return findings
@@ -159,17 +162,27 @@ def _ask(host: Host, config: RunConfig, request: Request, seconds: float) -> Fac
             facts = ask_host(host.name, config.world.launcher, "--inspect", words, seconds=seconds)
     except NoAnswerError as error:
         if config.world.launcher == "none":
-            return Finding(host.name, "reach", True, "nothing but its guard can be asked")
+            text = "not looked at: under world.launcher=none nothing but its guard can be asked"
+            return Finding(host.name, "reach", True, text, is_known=False)
         found = error.refusal or explain_refusal(host.name, str(error), None)
         return Finding(host.name, "reach", False, found.cause, found.fix)
     except ShoalError as error:  # no srun here
         return Finding(host.name, "reach", False, str(error).splitlines()[0], error.fix)
+    except Exception as error:  # of the look at this machine; another one's comes as its answer
+        return _explain_crash(host, error)
     ended = time.time()
     facts["seconds"] = ended - begun
     facts["skew"] = max(0.0, begun - facts["time"], facts["time"] - ended)
     facts["marked"] = _take_mark(request)
     facts["expected_config"] = config_hash(config)
     return facts
+
+
+def _explain_crash(host: Host, error: Exception) -> Finding:
+    """Return what is to be said where looking at a host, or at what it says, failed."""
+    text = f"cannot be looked at: {type(error).__name__}: {error}"
+    fix = "the same checkout of Shoal everywhere; if it is, this is a bug in Shoal"
+    return Finding(host.name, "reach", False, text, fix)
 
 
 def _refuse(host: Host, text: str) -> Finding:
@@ -294,6 +307,7 @@ def findings_table(findings: Sequence[Finding]) -> Table:
         one = group[0]
         host = one.host if len(group) == 1 else f"{one.host} and {len(group) - 1} more"
         mark = "[green]good[/green]" if one.is_good else "[bold red]BAD[/bold red]"
+        mark = mark if one.is_known else "[yellow]?[/yellow]"
         text = one.text + (f"\n  fix: {one.fix}" if one.fix else "")
         table.add_row(host, one.check, mark, escape(text))
     return table

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from shoal.configs.errors import ShoalError
+from shoal.launcher.commands import Shown
 
 app = typer.Typer(
     help="Give Shoal a corpus and an inference budget; it trains every candidate that fits and "
@@ -43,7 +44,6 @@ Include = Annotated[
 Exclude = Annotated[
     str, typer.Option("-e", "--exclude", metavar="SELECTION", help="All but these.")
 ]
-Shown = Literal["ssh", "pdsh", "slurm", "none", "deepspeed", "sbatch", "all"]
 Export = Annotated[Path, typer.Argument(help="Folder of an export or a Hugging Face model.")]
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 Way = Literal["ssh", "pdsh", "slurm", "none"]
+Shown = Literal["ssh", "pdsh", "slurm", "none", "deepspeed", "sbatch", "all"]
+"""Ways of starting that a dry run can show; see `ways`."""
 
 # No shared connection: it would outlive a cut link without a word.
 SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=5",

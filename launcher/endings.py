@@ -62,7 +62,7 @@ def raise_failure(ending: Ending, lost: ShoalError | None = None) -> None:
         if code < 0 and code != -signal.SIGTERM and rank not in ending.ended_by_us:
             raise _explain_silence(rank, code, ending)
     if failures and failures[0].kind == NotMetError.__name__:
-        raise _explain_not_met(failures, ending)
+        raise _explain_not_met(failures, silent, ending)
     if failures or stops:
         raise (failures or stops)[0].to_error()
     if silent:  # the agent itself ends the peers of a failed rank, with SIGTERM
@@ -98,12 +98,20 @@ def _explain_hang(hung: Sequence[Outcome], silent: Sequence[int], ending: Ending
     return least.to_error()
 
 
-def _explain_not_met(failures: Sequence[Outcome], ending: Ending) -> ShoalError:
-    """Return the error for ranks that did not find the others, with the machines of all of them."""
+def _explain_not_met(
+    failures: Sequence[Outcome], silent: Sequence[int], ending: Ending
+) -> ShoalError:
+    """Return the error for ranks that did not find the others: where they are, and who is silent.
+
+    Those that look in vain say so; who says nothing may be the one that stands still.
+    """
     alone = [outcome for outcome in failures if outcome.kind == NotMetError.__name__]
     hosts = dict.fromkeys(ending.hosts.get(outcome.rank, outcome.host) for outcome in alone)
     error = alone[0].to_error()
     error.where = f"{', '.join(hosts)}, at {error.where}"
+    if silent:
+        places = [f"{rank} on {ending.hosts.get(rank, socket.gethostname())}" for rank in silent]
+        error.add_note(f"not a word of rank {', '.join(places)}: stopped, or stuck in a call?")
     return error
 
 

@@ -186,15 +186,16 @@ def run_attempt(
     folder: Path,
     caught: list[int],
     gone: Callable[[], bool],
+    logs: Path | None = None,
     files: Mapping[str, str] = {},
 ) -> AttemptEnd:
     """Start the ranks of all `hosts` once, and return when all have ended.
 
     A signal that appears in `caught` reaches every rank, which saves; a second SIGINT kills. So
-    does `gone`: nobody is left who wants this. What ranks and machines print is kept in a new
-    folder in `folder`/logs. `files` are written on every machine first.
+    does `gone`: nobody is left who wants this. What ranks and machines print is kept in `logs`, or
+    a new folder in `folder`/logs. `files` are written on every machine first.
     """
-    logs = next_log_folder(folder)
+    logs = logs or next_log_folder(folder)
     tasks = make_tasks(hosts, argv, world, os.environ, logs, files)
     others = [host.name for host in hosts if not is_local(host.name)]
     guards: list[Guard] = []
@@ -217,8 +218,18 @@ def run_attempt(
             callers.close(deadline)
     cut_off = {guard.host.name: CutOff(guard.pid, guard.heard_at if guard.pid else ended)
                for guard in guards if guard.ending is None and guard.line.is_cut}  # fmt: skip
+    return _judge(guards, course.lost, caught, cut_off)
+
+
+def _judge(
+    guards: Sequence[Guard],
+    lost: Sequence[ShoalError],
+    caught: Sequence[int],
+    cut_off: Mapping[str, CutOff],
+) -> AttemptEnd:
+    """Return how an attempt ended, from what its guards have said and who was lost."""
     try:
-        raise_failure(_join_endings(guards, caught), course.lost[0] if course.lost else None)
+        raise_failure(_join_endings(guards, caught), lost[0] if lost else None)
     except StoppedOnRequest as error:
         unheard = [guard for guard in guards if guard.stopped_itself]
         if not caught and unheard:  # nobody has asked for it

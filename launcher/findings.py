@@ -29,6 +29,8 @@ class Finding:
     is_good: bool
     text: str
     fix: str | None = None
+    is_known: bool = True
+    """Whether it could be looked at."""
 
 
 def judge_host(

@@ -200,52 +200,52 @@ def serve(
             tell(json.dumps(message).encode() + b"\n")
 
     heard = Orders(orders, task.save_seconds, caught, lambda: say(alive=True))
-    ranks = set(task.global_ranks)
     say(started=os.getpid())
     try:
         _write_files(task)
-        place = replace(ALONE, name=task.name)
-        if task.num_hosts > 1:
-            interface = _chosen_interface() or find_interface(task.address)
-            if task.host == 0:
-                store = _open_store(task.num_hosts, task.timeout)  # for as long as the agent runs
-                say(port=store.port)
-            port = heard.await_port()
-            if port is None:
-                none = Ending(ended_by_us=ranks, signal=caught[0] if caught else None)
-                say(ending=pack_ending(none), lost=heard.lost_at is not None)
-                return
-            _check_way(task.address, port)
-            endpoint = f"{task.address}:{port}"
-            place = Place(
-                task.first_rank, task.host, task.num_hosts, endpoint, interface, task.name
-            )
-        ending = run_ranks(
-            task.ranks,
-            task.argv,
-            place=place,
-            threads=task.threads,
-            timeout=task.timeout,
-            advise=heard.advise,
-            caught=caught,
-            logs=Path(task.logs) if task.logs else None,
-            tell_marks=lambda meeting, met: say(meeting=meeting, met=met),
-        )
+        ending = _run(task, heard, say, caught)
         say(ending=pack_ending(ending), lost=heard.lost_at is not None)
     except Exception as error:  # the other ranks, if there are any yet, die with this process
         outcome = describe(error, task.first_rank)
-        none = Ending(outcomes={outcome.rank: outcome}, ended_by_us=ranks)
+        none = Ending(outcomes={outcome.rank: outcome}, ended_by_us=set(task.global_ranks))
         say(ending=pack_ending(none), refused=True)
+
+
+def _run(task: Task, heard: Orders, say: Callable[..., None], caught: Sequence[int]) -> Ending:
+    """Run the ranks of a task, once all machines know where they meet; return how they ended."""
+    place = replace(ALONE, name=task.name)
+    if task.num_hosts > 1:
+        interface = _chosen_interface() or find_interface(task.address)
+        if task.host == 0:
+            store = _open_store(task.num_hosts, task.timeout)  # for as long as the agent runs
+            say(port=store.port)
+        port = heard.await_port()
+        if port is None:
+            return Ending(ended_by_us=set(task.global_ranks), signal=caught[0] if caught else None)
+        _check_way(task.address, port)
+        endpoint = f"{task.address}:{port}"
+        place = Place(task.first_rank, task.host, task.num_hosts, endpoint, interface, task.name)
+    return run_ranks(
+        task.ranks,
+        task.argv,
+        place=place,
+        threads=task.threads,
+        timeout=task.timeout,
+        advise=heard.advise,
+        caught=caught,
+        logs=Path(task.logs) if task.logs else None,
+        tell_marks=lambda meeting, met: say(meeting=meeting, met=met),
+    )
 
 
 def _write_files(task: Task) -> None:
     """Write what a machine without a share in the run's folder lacks."""
-    for name, text in task.files.items():
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        write_text(Path(name), text)
     if task.files and task.logs and not Path(task.logs).exists():
         drop_old_logs(Path(task.logs).parent)
         Path(task.logs).mkdir(parents=True)
+    for name, text in task.files.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        write_text(Path(name), text)
 
 
 def _chosen_interface() -> str | None:

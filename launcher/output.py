@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import IO
 
 ATTEMPTS_KEPT = 10
+LAUNCH_FILE = "launch.yaml"
+"""The config that the ranks of an attempt were given, beside what they print."""
 LONGEST_LINE = 1 << 14
 READ_BYTES = 1 << 16
 OUT, ERR = 1, 2
@@ -36,10 +38,13 @@ def next_log_folder(run: Path) -> Path:
     root = run / "logs"
     root.mkdir(parents=True, exist_ok=True)
     done = drop_old_logs(root)
-    number = int(done[-1].name.removeprefix("attempt-")) + 1 if done else 1
-    folder = root / f"attempt-{number:05d}"
-    folder.mkdir()
-    return folder
+    number = int(done[-1].name.removeprefix("attempt-")) if done else 0
+    while True:
+        number += 1
+        folder = root / f"attempt-{number:05d}"
+        with contextlib.suppress(FileExistsError):  # of another command for this run
+            folder.mkdir()
+            return folder
 
 
 def drop_old_logs(root: Path) -> list[Path]:

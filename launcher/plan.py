@@ -61,12 +61,8 @@ def print_plan(order: Order, config: RunConfig, hosts: Sequence[Host]) -> None:
         print(*write_batch_script(order, config, hosts), sep="\n")
         return
     num_ranks = sum(host.slots for host in hosts)
-    batch, train, model, world = (
-        plan_batch(config, num_ranks),
-        config.train,
-        config.model,
-        config.world,
-    )
+    batch, train = plan_batch(config, num_ranks), config.train
+    model, world = config.model, config.world
     command = shlex.join(command_of(config, num_ranks, order.words))
     limit = f", {world.time_limit_minutes:g} minutes" if world.time_limit_minutes else ""
     lines = {

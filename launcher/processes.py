@@ -221,7 +221,7 @@ def _run_agent(
                 super().reify(envs), stdouts=output.paths[OUT], stderrs=output.paths[ERR]
             )
 
-    # The agent's own reports repeat, less clearly, what _raise_failure says.
+    # The agent's own reports repeat, less clearly, what `endings.raise_failure` says.
     _quieten("torch.distributed.elastic", "torch.distributed.launcher")
     alone = place.num_hosts == 1
     config = LaunchConfig(

@@ -13,10 +13,11 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 # `python launcher/run.py` puts this folder first on the import path, where its files (hosts.py,
 # study.py, ...) would hide other people's modules of those names.
@@ -30,16 +31,14 @@ except ModuleNotFoundError as missing:
 
 from shoal.configs.load import load_config
 from shoal.configs.schema import RunConfig, WorldConfig
+from shoal.launcher.commands import Shown
 
 if TYPE_CHECKING:
     from shoal.launcher.hosts import Host
     from shoal.launcher.watchdog import Watchdog
-    from shoal.launcher.ways import Shown
     from shoal.launcher.world import StopRequest
 
 DEFAULT_CONFIG = "default.yaml"
-# Ways of starting that a dry run can show; see `ways`.
-SHOWN = ("ssh", "pdsh", "slurm", "none", "deepspeed", "sbatch", "all")
 OVERRIDE = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*=")
 EPILOG = """\
 examples:
@@ -106,7 +105,7 @@ def parse_order(argv: Sequence[str]) -> Order:
     parser.add_argument("--dry-run", action="store_true", help="show the plan, start nothing")
     parser.add_argument(
         "--show",
-        choices=SHOWN,
+        choices=get_args(Shown),
         help="the plan for this way of starting; sbatch: a script to submit",
     )
     parser.add_argument("words", nargs="*", metavar="CONFIG | key=value", help="see examples")
@@ -154,7 +153,8 @@ def execute(order: Order) -> None:
         (config,) = order.load()
         if pod.host == 0:
             check_may_begin(config)
-        run_pod(pod, order.words, config.world)
+        with _naming_checkpoint(config):
+            run_pod(pod, order.words, config.world)
         return
     first = os.environ.get("RANK", "0") == "0"
     if foreign and order.hostfile is None and not order.dry_run:
@@ -197,8 +197,7 @@ def _find_hosts(order: Order, config: RunConfig) -> list[Host]:
 def launch(order: Order, watch: Sequence[int] = ()) -> None:
     """Start the ranks and wait for them; with --dry-run only say what would be."""
     from shoal.launcher.plan import print_plan
-    from shoal.launcher.runs import check_may_begin, run_folder
-    from shoal.launcher.screen import newest_checkpoint_note
+    from shoal.launcher.runs import check_may_begin
 
     config = order.load()[0]
     hosts = find_hosts(order, config)
@@ -208,8 +207,18 @@ def launch(order: Order, watch: Sequence[int] = ()) -> None:
     from shoal.launcher.supervision import supervise
 
     check_may_begin(config)
-    try:
+    with _naming_checkpoint(config):
         supervise(hosts, config, watch)
+
+
+@contextmanager
+def _naming_checkpoint(config: RunConfig) -> Iterator[None]:
+    """Let an error say where the newest checkpoint is."""
+    from shoal.launcher.runs import run_folder
+    from shoal.launcher.screen import newest_checkpoint_note
+
+    try:
+        yield
     except ShoalError as error:
         note = newest_checkpoint_note(run_folder(config))
         if note not in getattr(error, "__notes__", ()):
@@ -247,14 +256,15 @@ def run_foreign_rank(order: Order) -> NoReturn:
 
     def work() -> None:
         check_deepspeeds_hosts(hosts_of_deepspeed())
+        config = order.load()[0]
         if os.environ["RANK"] == "0":
-            check_may_begin(order.load()[0])
-        world = order.load()[0].world
-        complete_environment(world.threads)
-        stop.request_in(seconds_to_train(world) - command_age())
+            check_may_begin(config)
+        complete_environment(config.world.threads)
+        stop.request_in(seconds_to_train(config.world) - command_age())
         stop.request_when_gone(_ancestors())
         try:
-            _train(order, stop, Watchdog(lambda error, _: show_error(error)))
+            with _naming_checkpoint(config):
+                _train(order, stop, Watchdog(lambda error, _: show_error(error)))
         except ShoalError as error:
             error.add_note(f"rank {os.environ['RANK']} on {socket.gethostname()}")
             raise

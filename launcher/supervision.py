@@ -30,7 +30,7 @@ from shoal.launcher.greeting import find_guards, find_reachable
 from shoal.launcher.guard import AGENT_SECONDS, SILENCE_SECONDS
 from shoal.launcher.hosts import Host, is_local
 from shoal.launcher.outcomes import JOB_VARIABLE
-from shoal.launcher.output import next_log_folder
+from shoal.launcher.output import LAUNCH_FILE, next_log_folder
 from shoal.launcher.processes import any_gone, changed_environment, launch_ranks, open_process
 from shoal.launcher.runs import run_folder
 from shoal.launcher.screen import newest_checkpoint, newest_checkpoint_note, show_error
@@ -218,21 +218,23 @@ class _Job:
     def _attempt(self) -> AttemptEnd:
         """Start the ranks once; a job of this machine alone needs no guard."""
         # One text for all machines and attempts: the user's own file may change meanwhile.
-        file = self.folder / "launch.yaml"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        text = dump_config(self.config)
-        write_text(file, text)
+        # In a folder of its own: another command for this run is refused later than here.
+        logs = next_log_folder(self.folder)
+        write_text(logs / LAUNCH_FILE, dump_config(self.config))
         (self._checkpoints / RESUMED).unlink(missing_ok=True)
         if self._last_save() != self._refused_at:
             self._refusal = {}
         with changed_environment(self._refusal):
-            return self._start(file, {str(file): text} if self.own_disks else {})
+            return self._start(logs)
 
-    def _start(self, file: Path, files: Mapping[str, str]) -> AttemptEnd:
+    def _start(self, logs: Path) -> AttemptEnd:
+        file = logs / LAUNCH_FILE
+        files = {str(file): file.read_text(encoding="utf-8")} if self.own_disks else {}
         if len(self.hosts) > 1 or not is_local(self.hosts[0].name):
             return run_attempt(
-                self.hosts, [str(file)], self.world, self.folder, self.caught, self._gone, files
-            )
+                self.hosts, [str(file)], self.world, self.folder, self.caught, self._gone, logs,
+                files,
+            )  # fmt: skip
         try:
             launch_ranks(
                 self.hosts[0].slots,
@@ -242,7 +244,7 @@ class _Job:
                 environment=self.hosts[0].device_variables,
                 gone=self._gone,
                 caught=self.caught,
-                logs=next_log_folder(self.folder),
+                logs=logs,
             )
         except ShoalError as error:
             return AttemptEnd(error)

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast, get_args
+from typing import TYPE_CHECKING, cast, get_args
 
 from shoal.configs.errors import ConfigError
 from shoal.configs.schema import RunConfig, WorldConfig
-from shoal.launcher.commands import Way, call_commands, guard_command, ssh_command
+from shoal.launcher.commands import Shown, Way, call_commands, guard_command, ssh_command
 from shoal.launcher.fanout import make_tasks
 from shoal.launcher.hosts import Host, is_local
+from shoal.launcher.output import LAUNCH_FILE
 from shoal.launcher.processes import WORKER
 from shoal.launcher.runs import run_folder
 
 if TYPE_CHECKING:
     from shoal.launcher.run import Order
 
-Shown = Literal["ssh", "pdsh", "slurm", "none", "deepspeed", "sbatch", "all"]
 DEEPSPEED_PORT = 29500
 WARN_SECONDS = 120
 """How long before its end Slurm warns a job."""
@@ -87,7 +88,7 @@ def _start_by(way: Way, config: RunConfig, hosts: Sequence[Host]) -> list[str]:
 
 
 def _launch_file(config: RunConfig) -> str:
-    return str(run_folder(config) / "launch.yaml")
+    return str(run_folder(config) / "logs" / "attempt-N" / LAUNCH_FILE)
 
 
 def _list_environment(world: WorldConfig, hosts: Sequence[Host], address: str) -> list[str]:
@@ -154,38 +155,14 @@ def write_batch_script(order: Order, config: RunConfig, hosts: Sequence[Host]) -
     Raises:
         ConfigError: hosts with different numbers of ranks, which one allocation does not give.
     """
-    counts = sorted({host.slots for host in hosts})
-    if len(counts) > 1:
-        raise ConfigError(
-            f"Slurm gives every node alike, and the hosts have {', '.join(map(str, counts))} slots",
-            where="--show sbatch",
-            fix="give all hosts of the hostfile the same number of slots",
-        )
-    asked = {"launcher": "slurm", "ranks": counts[0]}
-    words = [
-        word for word in order.words if not word.startswith(("world.launcher=", "world.ranks="))
-    ]
-    words += [f"world.{key}={value}" for key, value in asked.items()]
+    own = ("world.launcher=", "world.ranks=")
+    words = [word for word in order.words if not word.startswith(own)]
+    words += ["world.launcher=slurm", f"world.ranks={_count_slots(hosts)}"]
     on_cpu = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
-    devices = [] if on_cpu else [f"--gpus-per-node={counts[0]}"]
-    limit = config.world.time_limit_minutes
-    asked_of_slurm = [
-        f"--job-name={config.name}",
-        f"--nodes={len(hosts)}",
-        "--ntasks-per-node=1",
-        *devices,
-        "--exclusive",
-        *([f"--time={-(-limit * 60 + -WARN_SECONDS) // 60:.0f}"] if limit else []),
-        "--no-kill",
-        "--requeue",
-        f"--signal=B:USR1@{WARN_SECONDS}",
-        "--open-mode=append",
-        f"--output={config.name}-%j.log",
-    ]
     command = shlex.join([sys.executable, script_path(), *words])
     return [
         "#!/bin/bash",
-        *(f"#SBATCH {word}" for word in asked_of_slurm),
+        *(f"#SBATCH {word}" for word in _ask_of_slurm(config, hosts, on_cpu=on_cpu)),
         "",
         f"cd {shlex.quote(str(Path.cwd()))} || exit 1",
         *(["export CUDA_VISIBLE_DEVICES="] if on_cpu else []),
@@ -200,4 +177,34 @@ def write_batch_script(order: Order, config: RunConfig, hosts: Sequence[Host]) -
         '    scontrol requeue "$SLURM_JOB_ID"  # saved, and not done',
         "fi",
         'exit "$code"',
+    ]
+
+
+def _count_slots(hosts: Sequence[Host]) -> int:
+    """Return how many ranks every host has; see `write_batch_script` for what it raises."""
+    counts = sorted({host.slots for host in hosts})
+    if len(counts) > 1:
+        raise ConfigError(
+            f"Slurm gives every node alike, and the hosts have {', '.join(map(str, counts))} slots",
+            where="--show sbatch",
+            fix="give all hosts of the hostfile the same number of slots",
+        )
+    return counts[0]
+
+
+def _ask_of_slurm(config: RunConfig, hosts: Sequence[Host], *, on_cpu: bool) -> list[str]:
+    """Return the options of a batch script."""
+    limit = config.world.time_limit_minutes
+    return [
+        f"--job-name={config.name}",
+        f"--nodes={len(hosts)}",
+        "--ntasks-per-node=1",
+        *([] if on_cpu else [f"--gpus-per-node={_count_slots(hosts)}"]),
+        "--exclusive",
+        *([f"--time={math.ceil((limit * 60 + WARN_SECONDS) / 60)}"] if limit else []),
+        "--no-kill",
+        "--requeue",
+        f"--signal=B:USR1@{WARN_SECONDS}",
+        "--open-mode=append",
+        f"--output={config.name}-%j.log",
     ]

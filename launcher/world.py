@@ -10,8 +10,9 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Literal
@@ -80,6 +81,7 @@ class StopRequest:
     def __init__(self) -> None:
         self._event = threading.Event()
         self._polled = False
+        self._then: Callable[[], None] = lambda: None
 
     @property
     def requested(self) -> bool:
@@ -90,6 +92,13 @@ class StopRequest:
     def request(self) -> None:
         """Ask for a stop."""
         self._event.set()
+        self._then()
+
+    def on_request(self, then: Callable[[], None]) -> None:
+        """Call `then` as soon as a stop was asked for."""
+        self._then = then
+        if self._event.is_set():
+            then()
 
     def install(self, signals: tuple[signal.Signals, ...]) -> None:
         """Turn `signals` into a request; before anybody polls they end the process at once."""
@@ -179,6 +188,7 @@ class World:
         import torch
 
         self.watchdog.limit = config.timeout_seconds
+        self.stop.on_request(partial(self.watchdog.hurry, config.save_seconds))
         torch.set_num_threads(resolve_threads(config.threads, self.local_ranks))
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)

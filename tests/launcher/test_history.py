@@ -60,20 +60,12 @@ def write_checkpoint(root: Path, step: int) -> Path:
         "files": files,
         "tensors": tensors,
     }
-    manifest = Manifest.model_validate({"loss": None, **tree} if "loss" in FIELDS else tree)
-    (folder / "manifest.json").write_text(seal(manifest).model_dump_json())
+    manifest = Manifest.model_validate({"loss": None, **tree}).sealed()
+    (folder / "manifest.json").write_text(manifest.model_dump_json())
     return folder
 
 
 STATES = ("weight", "exp_avg", "exp_avg_sq")
-FIELDS = Manifest.model_fields
-
-
-def seal(manifest: Manifest) -> Manifest:
-    """Return it with its digest, as this version makes it."""
-    if hasattr(manifest, "sealed"):
-        return manifest.sealed()  # type: ignore[no-any-return]
-    return manifest.model_copy(update={"digest": manifest.compute_digest()})
 
 
 @pytest.fixture

@@ -152,6 +152,17 @@ def test_a_reader_that_is_slow_misses_nothing(monkeypatch: pytest.MonkeyPatch) -
     assert seen.splitlines(keepends=True) == lines
 
 
+def test_two_commands_at_once_have_a_folder_each(tmp_path: Path) -> None:
+    made: list[Path] = []
+    threads = [threading.Thread(target=lambda: made.append(next_log_folder(tmp_path)))
+               for _ in range(8)]  # fmt: skip
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(made)) == 8
+
+
 def test_every_attempt_has_its_folder_and_old_ones_go(tmp_path: Path) -> None:
     (tmp_path / "logs/mine").mkdir(parents=True)
     made = [next_log_folder(tmp_path) for _ in range(ATTEMPTS_KEPT + 3)]

@@ -13,6 +13,7 @@ import pytest
 from shoal.configs.errors import (
     DataError,
     HangError,
+    NotMetError,
     PreflightError,
     ShoalError,
     StoppedOnRequest,
@@ -187,6 +188,13 @@ def test_ranks_that_wait_alike_are_all_named() -> None:
 def test_a_deliberate_error_explains_who_waited() -> None:
     error = decide([outcome(0, "HangError", 1), outcome(1, "DataError", 9)], {})
     assert type(error) is DataError
+
+
+def test_who_is_silent_while_others_look_for_it_is_named() -> None:
+    assert type(decide([outcome(0, "NotMetError", 1)], {1: -9})) is ShoalError, "it was killed"
+    error = decide([outcome(0, "NotMetError", 1)], {})
+    assert isinstance(error, NotMetError)
+    assert any("not a word of rank 1 on " in note for note in error.__notes__)
 
 
 def test_stop_is_a_stop() -> None:

@@ -96,7 +96,9 @@ def test_dry_run_says_everything_and_starts_nothing(stage: dict[str, str], tmp_p
     assert lines["data"] == "data/samples/train"
     assert lines["command"].endswith("default.yaml train.batch_rows=20 name=dry world.ranks=3")
     assert lines["saves"].startswith("runs/dry/checkpoints, every 50 steps, the newest 2 kept; beg")
-    assert lines["torchrun"].endswith("-m shoal.launcher.run --worker runs/dry/launch.yaml")
+    assert lines["torchrun"].endswith(
+        "-m shoal.launcher.run --worker runs/dry/logs/attempt-N/launch.yaml"
+    )
     assert "--nproc-per-node=3" in lines["torchrun"]
     assert lines["localhost"].startswith(
         "RANK=0,1,2 LOCAL_RANK=0,1,2 LOCAL_WORLD_SIZE=3 NODE_RANK=0"

@@ -100,7 +100,8 @@ def test_a_guard_may_be_started_by_hand(stage: Path, capfd: pytest.CaptureFixtur
 
     def type_it() -> None:
         nonlocal shown
-        while "cd " not in shown:
+        deadline = time.monotonic() + 60
+        while "cd " not in shown and time.monotonic() < deadline:
             time.sleep(0.1)
             shown += capfd.readouterr().err
         command = shown[shown.index("cd ") :].splitlines()[0]

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -38,6 +39,21 @@ def test_alone_without_a_launcher() -> None:
     assert (world.rank, world.num_ranks, world.local_rank, world.local_ranks) == (0, 1, 0, 1)
     assert str(world.device) == "cpu"
     assert not under_foreign_launcher()
+
+
+def test_who_hangs_when_it_is_to_stop_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = threading.Event()
+    monkeypatch.setattr(os, "_exit", lambda code: ended.set())
+    world = World.detect()
+    world.setup(WorldConfig(save_seconds=1, threads=psutil.cpu_count() or 1))
+    with world.watchdog:
+        time.sleep(2)
+        world.watchdog.touch("a long step")
+        world.stop.request()
+        assert not ended.wait(2), "another such step may follow"
+        world.watchdog.touch("saving")
+        assert not ended.wait(2)
+        assert ended.wait(5)
 
 
 def test_deepspeed_says_local_size(monkeypatch: pytest.MonkeyPatch) -> None:
