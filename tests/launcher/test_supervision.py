@@ -90,7 +90,7 @@ def test_hosts_that_share_no_folder_are_sent_what_their_ranks_read(
 ) -> None:
     file, text = stage / "disk" / "launch.yaml", (stage / "run.yaml").read_text()
     world, hosts = WorldConfig(), [HERE, THERE]
-    run_attempt(hosts, [str(file)], world, stage, [], lambda: False, {str(file): text})
+    run_attempt(hosts, [str(file)], world, stage, [], lambda: False, files={str(file): text})
     assert file.read_text() == text
     assert set(records(stage)) == {"0", "1", "2"}
 
