@@ -158,7 +158,8 @@ class Saver:
 
     def find_shortage(self, engine: Engine) -> PreflightError | None:
         """Return what is wrong if the next checkpoint of `engine` will not find room here."""
-        needed, free = count_bytes(engine), shutil.disk_usage(self.store.root).free
+        needed = self.store.needed_bytes(*count_bytes(engine))
+        free = shutil.disk_usage(self.store.root).free
         if free >= needed:
             return None
         return PreflightError(
@@ -250,12 +251,14 @@ def _write_file(part: _Part, aside: Path, tick: Tick) -> Word:
     return {"files": {part.file: facts}, "tensors": part.index}
 
 
-def count_bytes(engine: Engine) -> int:
-    """Return the bytes of a checkpoint, over all ranks."""
-    return ELEMENT_BYTES * sum(
+def count_bytes(engine: Engine) -> tuple[int, int]:
+    """Return the bytes of a checkpoint, over all ranks, and those of this rank's part."""
+    total = sum(
         math.prod(shape) * len(engine.parameter_states[name])
         for name, shape in engine.parameter_shapes.items()
     )
+    own = sum(values.numel() for _, _, _, values in engine.read_slices())
+    return ELEMENT_BYTES * total, ELEMENT_BYTES * own
 
 
 def _join(words: Sequence[Word], part: _Part) -> Manifest:

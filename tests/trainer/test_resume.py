@@ -17,16 +17,15 @@ CHAINS = {
     "stages 0 1 2 3 1": [(2, 0), (2, 1), (2, 2), (2, 3), (2, 1)],
 }
 """Ranks and stage of every segment."""
-LOSS_TOLERANCE = 1e-5
-# Adam divides by the root of the second moment, so that an element whose gradient is nearly nothing
-# moves by the rounding of its sum; of ten steps at a rate of 1e-2 no more than this is left.
-WEIGHT_TOLERANCE = 2e-5
+TOLERANCE = 1e-5
+"""Of losses and weights. Ranks and stages add in other orders: measured are 5e-7, and 2e-7."""
 
 
 def zero_gradients(kind):
     """Return the parameters whose true gradient is zero, and where: what Adam makes noise of.
 
-    A bias of keys adds the same to every score of a query, which the softmax does not see.
+    A bias of keys adds the same to every score of a query, which the softmax does not see. Adam
+    divides what rounding leaves of such a gradient by its own size: a step of up to the rate.
     """
     width = shape(kind).width
     keys = slice(width, 2 * width)
@@ -67,7 +66,7 @@ def test_a_chain_ends_where_an_uninterrupted_run_does(ranks, tmp_path, name):
     assert whole["error"] is None and keys == whole["keys"]
     assert len(set(map(tuple, keys.values()))) == SEGMENT * len(places), "rows differ by step"
     losses, wanted = curve(tmp_path / "chain"), curve(tmp_path / "whole")
-    assert losses == pytest.approx(wanted, abs=LOSS_TOLERANCE)
+    assert losses == pytest.approx(wanted, abs=TOLERANCE)
     assert wanted[len(wanted)] < wanted[1] - 0.3, "and something is learned"
     noise = zero_gradients("gpt2")
     found, true = read_weights(tmp_path / "chain"), read_weights(tmp_path / "whole")
@@ -76,7 +75,7 @@ def test_a_chain_ends_where_an_uninterrupted_run_does(ranks, tmp_path, name):
         gap = (value - true[tensor]).abs()
         if tensor in noise:
             gap[noise[tensor]] = 0
-        assert float(gap.max()) <= WEIGHT_TOLERANCE, tensor
+        assert float(gap.max()) <= TOLERANCE, tensor
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
