@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +42,7 @@ from shoal.configs.schema import RunConfig
 from shoal.data_pipeline.batch import PADDING_ROW, Batch
 from shoal.data_pipeline.loader import Loader
 from shoal.trainer import checkpoint, disks, loop, resumption, saver, segment, teamwork
+from shoal.trainer.anomaly import AnomalyDetector
 from shoal.trainer.disks import write_at
 from shoal.trainer.engine import Engine, start_process_group, stop_process_group
 from shoal.trainer.identity import check_same_on_ranks
@@ -144,6 +146,31 @@ def run_train(case: dict[str, Any]) -> dict[str, Any]:
     nats, tokens = engine.evaluate([batch.to(engine.device) for batch in batches])
     engine.close()
     return answer | {"evaluated": nats / tokens, "seconds": time.perf_counter() - began}
+
+
+def read_forward(engine: Engine) -> Iterator[tuple[str, str, Tensor]]:
+    """Yield what a forward pass computes with; a copy of this rank's own, up to stage 2."""
+    from deepspeed import zero
+
+    for name, parameter in engine._state.parameters():
+        with zero.GatheredParameters([parameter], enabled=engine.stage == 3):
+            yield name, f"forward {parameter.dtype}", parameter.detach().clone()
+
+
+def run_watched(case: dict[str, Any]) -> dict[str, Any]:
+    """Take the steps of `taken`; return of each what every rank did, and held after it."""
+    engine, detector = build_engine(case, dist.get_world_size()), AnomalyDetector(0)
+    seen = []
+    for step in case["taken"]:
+        Source.step = step
+        batches = microbatches(step, dist.get_rank(), engine.num_ranks)
+        lr = learning_rate(OPTIM, step, case["steps"])
+        result = engine.train_step(batches, lr, count_tokens(step), detector.accepts)
+        held = fingerprints(chain(read_state(engine), read_forward(engine)))
+        did = {"taken": result.taken, "sums": result.sums.cross_entropy, "norm": result.grad_norm}
+        seen.append(teamwork.gather(did | {"held": held}))
+    engine.close()
+    return {"seen": seen}
 
 
 def run_load(case: dict[str, Any]) -> dict[str, Any]:
@@ -349,6 +376,7 @@ def run_alike(case: dict[str, Any]) -> dict[str, Any]:
 RUNNERS = {
     "teamwork": run_teamwork,
     "train": run_train,
+    "watched": run_watched,
     "load": run_load,
     "refused": run_refused,
     "loop": run_loop,

@@ -50,6 +50,31 @@ def test_a_step_with_a_gradient_that_is_no_number_is_left_out(ranks, tmp_path, s
     assert curve(folder, "skipped", "grad_norm")[4] in ("nan", "inf")
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_step_left_out_in_bf16_changes_no_bit(ranks, stage):
+    """Neither of the fp32 masters, of the moments, nor of the bf16 weights, on any rank."""
+    given = {"run": "watched", "kind": "dense", "precision": "bf16", "stage": stage, "steps": 4}
+    broken = {"steps": [2], "rank": 1}
+    answers = ranks(2).run(
+        {
+            "met": given | {"taken": [0, 1, 2, 3], "broken": broken},
+            "never met": given | {"taken": [0, 1, 3]},
+        }
+    )
+    met, never = answers["met"]["seen"], answers["never met"]["seen"]
+    assert [[rank["taken"] for rank in step] for step in met] == [[True] * 2] * 2 + [
+        [False] * 2, [True] * 2
+    ]  # fmt: skip
+    assert all(not rank["norm"] < float("inf") for rank in met[2]), "NaN or infinite"
+    for before, after in zip(met[1], met[2], strict=True):
+        assert after["held"] == before["held"]
+    kinds = {key.partition("/")[0] for key in met[2][0]["held"]}
+    assert kinds == {"weight", "exp_avg", "exp_avg_sq", "forward torch.bfloat16"}
+    assert met[3] == never[2], "loss, norm and all that is held, on every rank"
+    changed = [key for key, bits in met[3][0]["held"].items() if bits != met[2][0]["held"][key]]
+    assert {key.partition("/")[0] for key in changed} == kinds
+
+
 def test_what_was_left_out_is_remembered_by_a_checkpoint(tmp_path):
     broken = {"steps": [1]}
     assert run(tmp_path / "whole", broken=broken)["error"] is None
