@@ -269,21 +269,24 @@ class _Job:
 
     def _await_end(self, cut_off: Mapping[str, CutOff]) -> set[str]:
         """Wait until no guard that is cut off can have ranks; return who did not answer at last."""
-        left, silent = dict(cut_off), set[str]()
+        left, silent, is_asked = dict(cut_off), set[str](), False
         if left:
             self._say(f"waiting until nothing of this can run on {', '.join(left)} any more")
         while left:
             self._heed_request()
             seconds = max(one.since for one in left.values()) + self._gone_seconds
             seconds -= time.monotonic()
-            if seconds <= 0:
+            if seconds <= 0 and is_asked:
                 break
             pids = {name: one.pid for name, one in left.items() if one.pid}
-            if pids and seconds > ASK_SECONDS / 2:
-                found = find_guards(pids, self.way, min(ASK_SECONDS, seconds))
+            # Once in any case: whoever asks ends a guard that is stopped, and its ranks with it.
+            if pids and (not is_asked or seconds > ASK_SECONDS / 2):
+                limit = min(ASK_SECONDS, seconds) if is_asked else ASK_SECONDS
+                found = find_guards(pids, self.way, limit)
                 silent = set(pids) - set(found) if self.way != "none" else set()
                 left = {name: one for name, one in left.items() if found.get(name, True)}
-            time.sleep(min(1.0, seconds) if left else 0)
+            is_asked = True
+            time.sleep(max(0.0, min(1.0, seconds)) if left else 0)
         return silent
 
     @property

@@ -123,17 +123,24 @@ def alter_config(module: ModuleType) -> None:
     module.load_config = load_config
 
 
-def take_ports() -> None:
-    """Hold the first port that this process finds free."""
-    bind, held = socket.socket.bind, []
+def contest_port(module: ModuleType) -> None:
+    """Let somebody else reach for the port where hosts are to meet, as soon as it is chosen."""
+    held = []
 
-    def bind_and_hold(self: socket.socket, address: Any) -> None:
-        bind(self, address)
-        if address == ("", 0) and claim():
-            held.append(self.dup())
-            held[-1].listen()
+    class Contested(module.TCPStore):  # type: ignore[misc, name-defined]
+        def __init__(self, host: str, port: int, *words: Any, **named: Any) -> None:
+            super().__init__(host, port, *words, **named)
+            if port == 0 and claim():
+                other = socket.socket()
+                try:
+                    other.bind(("", self.port))
+                    other.listen()
+                except OSError:  # it is held
+                    other.close()
+                else:
+                    held.append(other)
 
-    socket.socket.bind = bind_and_hold  # type: ignore[method-assign]
+    module.TCPStore = Contested
 
 
 class Watcher:
@@ -172,4 +179,4 @@ if "--worker" in sys.orig_argv or (STARTED_BY_DEEPSPEED and "--hostfile" not in 
         ),
     )
 elif "shoal.launcher.guard" in sys.orig_argv and read_plan()["kind"] == "port":
-    take_ports()
+    sys.meta_path.insert(0, Watcher({"torch.distributed": contest_port}))
