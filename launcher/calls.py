@@ -1,8 +1,8 @@
 """Calls: guards that were started by others than us connect back, and prove who they are.
 
-A key in the run folder, readable by its owner alone and new for every attempt, is what both sides
-prove to hold (HMAC, as `multiprocessing.connection` does it); that a guard can read it proves, too,
-that it shares the folder. Only bytes are exchanged: nothing is unpickled.
+A key in the attempt's log folder, readable by its owner alone, is what both sides prove to hold
+(HMAC, as `multiprocessing.connection` does it); that a guard can read it proves, too, that it
+shares the folder. Only bytes are exchanged: nothing is unpickled.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from shoal.configs.errors import (
@@ -202,8 +202,8 @@ def _take_mark(request: Request) -> bool:
     return seen
 
 
-def start_ranks(hosts: Sequence[Host], argv: Sequence[str], config: RunConfig) -> None:
-    """Start all ranks once, as a training would, and wait for their end.
+def start_ranks(hosts: Sequence[Host], argv: Sequence[str], config: RunConfig, logs: Path) -> None:
+    """Start all ranks once, as a training would, and wait for their end; `logs` is a folder.
 
     Raises:
         ShoalError: as a training would.
@@ -218,27 +218,26 @@ def start_ranks(hosts: Sequence[Host], argv: Sequence[str], config: RunConfig) -
         )
         return
     with caught_signals() as caught:
-        end = run_attempt(hosts, argv, config.world, run_folder(config), caught, lambda: False)
+        end = run_attempt(hosts, argv, config.world, logs, caught, lambda: False)
     if end.error:
         raise end.error
 
 
 def _probe(config: RunConfig, hosts: Sequence[Host]) -> Finding:
     """Start all ranks as a training would, and let them sum a tensor."""
-    out = run_folder(config).absolute() / ".probe.json"
-    out.unlink(missing_ok=True)
     begun = time.monotonic()
     try:
-        start_ranks(hosts, ["--probe", str(out)], config)
-        found = json.loads(out.read_text(encoding="utf-8"))
+        # Not among the logs of the run: it may be training, and only the newest of them stay.
+        with TemporaryDirectory(prefix=".probe-", dir=run_folder(config).absolute()) as name:
+            out = Path(name) / "found.json"
+            start_ranks(hosts, ["--probe", str(out)], config, Path(name))
+            found = json.loads(out.read_text(encoding="utf-8"))
     except (Interrupted, StoppedOnRequest):
         raise
     except ShoalError as error:
         return Finding("all", "all-reduce", False, str(error).splitlines()[0], error.fix)
     except (OSError, ValueError) as error:
         return Finding("all", "all-reduce", False, f"its result cannot be read: {error}")
-    finally:
-        out.unlink(missing_ok=True)
     seconds = time.monotonic() - begun
     rate = f"{found['bytes_per_second'] / 1e9:.2f} GB/s bus bandwidth over {found['backend']}"
     if found["ranks"] == 1:

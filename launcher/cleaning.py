@@ -26,7 +26,7 @@ from shoal.launcher.runs import read_run
 
 HOUR, DAY = 3600.0, 86400.0
 LOG_DAYS = 14
-CONTROL_FILES = (".check-*", ".greeting-*", ".probe.json", ".call-key", ".partial-*")
+CONTROL_FILES = (".check-*", ".greeting-*", ".probe-*", "logs/*/.call-key", ".partial-*")
 """Of launchers, in the folder of a run; removed once they are an hour old."""
 
 

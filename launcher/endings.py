@@ -35,9 +35,9 @@ class Ending:
 def raise_failure(ending: Ending, lost: ShoalError | None = None) -> None:
     """Raise what the job ended with; nothing if every rank finished its work.
 
-    A deliberate error comes before the loss of a machine (`lost`), that before a rank that hangs or
-    was killed, and that before ranks that did not find others, and errors with a traceback: those
-    of ranks that lost their peer.
+    A deliberate error comes before a stop that saved nothing, that before the loss of a machine
+    (`lost`), that before a rank that hangs or was killed, and that before ranks that did not find
+    others, and errors with a traceback: those of ranks that lost their peer.
     """
     outcomes, exit_codes = ending.outcomes, ending.exit_codes
     failures = sorted(  # the earliest counts, as far as the machines' clocks agree
@@ -48,13 +48,17 @@ def raise_failure(ending: Ending, lost: ShoalError | None = None) -> None:
     stops = [o for o in outcomes.values() if o.kind == StoppedOnRequest.__name__]
     if ending.signal and stops:
         raise stops[0].to_error()
-    if ending.signal and (silent or failures or lost):
-        raise interrupted(ending.signal)
     if failures and not failures[0].trace and failures[0].kind not in WAITED:
         raise failures[0].to_error()
+    hung = [o for o in failures if o.kind == HangError.__name__]
+    if ending.signal and (silent or failures or lost):
+        error = interrupted(ending.signal)
+        if hung:  # nobody could save because of it
+            error.add_note(str(_explain_hang(hung, silent, ending)))
+        raise error
     if lost:
         raise lost
-    if hung := [o for o in failures if o.kind == HangError.__name__]:
+    if hung:
         raise _explain_hang(hung, silent, ending)
     silent = [rank for rank in silent if rank not in ending.ended_by_us] or silent
     for rank in silent:

@@ -24,11 +24,9 @@ from shoal.launcher.endings import Ending, raise_failure
 from shoal.launcher.guard import SILENCE_SECONDS, Task, unpack_ending
 from shoal.launcher.hosts import Host, is_local
 from shoal.launcher.lines import Callers, Line, ProcessLine
-from shoal.launcher.outcomes import JOB_VARIABLE
-from shoal.launcher.output import next_log_folder
 from shoal.launcher.processes import HANG_GRACE_SECONDS
 from shoal.launcher.watchdog import WHY_NOT_MET
-from shoal.trainer.aside import REFUSED_VARIABLE
+from shoal.trainer.aside import JOB_VARIABLE, REFUSED_VARIABLE
 
 BEAT_SECONDS = 5.0
 LOOK_SECONDS = 0.2
@@ -183,26 +181,24 @@ def run_attempt(
     hosts: Sequence[Host],
     argv: Sequence[str],
     world: WorldConfig,
-    folder: Path,
+    logs: Path,
     caught: list[int],
     gone: Callable[[], bool],
-    logs: Path | None = None,
     files: Mapping[str, str] = {},
 ) -> AttemptEnd:
     """Start the ranks of all `hosts` once, and return when all have ended.
 
     A signal that appears in `caught` reaches every rank, which saves; a second SIGINT kills. So
-    does `gone`: nobody is left who wants this. What ranks and machines print is kept in `logs`, or
-    a new folder in `folder`/logs. `files` are written on every machine first.
+    does `gone`: nobody is left who wants this. What ranks and machines print is kept in `logs`, and
+    the key of callers for a while. `files` are written on every machine first.
     """
-    logs = logs or next_log_folder(folder)
     tasks = make_tasks(hosts, argv, world, os.environ, logs, files)
     others = [host.name for host in hosts if not is_local(host.name)]
     guards: list[Guard] = []
     callers: Callers | None = None
     try:
         if others and world.launcher != "ssh":
-            callers = Callers(world.launcher, others, folder, logs)
+            callers = Callers(world.launcher, others, logs)
         for host, task in zip(hosts, tasks, strict=True):
             guards.append(Guard(host, task, _open_line(host.name, logs, callers)))
         course = _Course(guards, world, caught, gone)

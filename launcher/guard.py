@@ -242,7 +242,7 @@ def _write_files(task: Task) -> None:
     """Write what a machine without a share in the run's folder lacks."""
     if task.files and task.logs and not Path(task.logs).exists():
         drop_old_logs(Path(task.logs).parent)
-        Path(task.logs).mkdir(parents=True)
+        Path(task.logs).mkdir(parents=True, exist_ok=True)  # a guard beside us may be as quick
     for name, text in task.files.items():
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         write_text(Path(name), text)

@@ -24,6 +24,7 @@ from shoal.trainer.ledger import now
 
 SSH_FAILED = 255
 LAST_LINES = 20
+KEY_FILE = ".call-key"
 COPY_SECONDS = 3.0
 PROGRAMS: dict[Way, str] = {"pdsh": "pdsh", "slurm": "srun"}
 
@@ -116,8 +117,8 @@ class ProcessLine:
 class Callers:
     """The guards of machines that call us, and what was started so that they do."""
 
-    def __init__(self, way: Way, names: Sequence[str], folder: Path, logs: Path) -> None:
-        """Start them, or show what somebody has to type; the key lies in the run's `folder`.
+    def __init__(self, way: Way, names: Sequence[str], logs: Path) -> None:
+        """Start them, or show what somebody has to type; the key lies in `logs` meanwhile.
 
         Raises:
             PreflightError: pdsh or srun is not installed, or a machine cannot be found.
@@ -131,7 +132,7 @@ class Callers:
             address = address_towards(names[0])
         except OSError as error:
             raise PreflightError(f"cannot be found: {error}", where=names[0]) from None
-        self.switchboard = Switchboard(names, folder / ".call-key")
+        self.switchboard = Switchboard(names, logs / KEY_FILE)
         self.processes: list[subprocess.Popen[bytes]] = []
         self.outputs: list[Output] = []
         endpoint = f"{address}:{self.switchboard.port}"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from shoal.configs.errors import PreflightError
-from shoal.launcher.outcomes import JOB_VARIABLE
+from shoal.trainer.aside import JOB_VARIABLE
 from shoal.trainer.ledger import now
 
 LOCK = ".lock"

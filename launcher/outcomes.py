@@ -32,8 +32,6 @@ from shoal.configs.errors import (
 from shoal.trainer.storage import write_text
 
 FOLDER_VARIABLE = "SHOAL_OUTCOMES"
-JOB_VARIABLE = "SHOAL_JOB"
-"""Names a command's job, all its attempts, to its ranks."""
 FOLDER_PREFIX = "shoal-"
 ALIVE = "alive.lock"
 PARENT_VARIABLE = "SHOAL_LAUNCHER"

@@ -168,6 +168,7 @@ class Screen:
     def __init__(self) -> None:
         self._lines: deque[tuple[int, bytes]] = deque()
         self._held = self._missed = self._written = 0
+        self._closed = False
         self._change = threading.Condition()
         threading.Thread(target=self._write, name="screen", daemon=True).start()
 
@@ -191,12 +192,14 @@ class Screen:
             self._add(target, line)
 
     def close(self) -> None:
-        """Wait until all is written, or nobody reads it."""
+        """Wait until all is written, or nobody reads it; nothing is shown after that."""
         deadline, before = time.monotonic() + END_SECONDS, -1
         with self._change:
             while self._held and self._written != before and time.monotonic() < deadline:
                 before = self._written
                 self._change.wait_for(lambda: not self._held, PATIENCE_SECONDS)
+            self._closed = True
+            self._change.notify_all()
 
     def _add(self, target: int, line: bytes) -> None:
         self._lines.append((target, line))
@@ -206,7 +209,9 @@ class Screen:
     def _write(self) -> None:
         while True:
             with self._change:
-                self._change.wait_for(lambda: self._lines)
+                self._change.wait_for(lambda: self._lines or self._closed)
+                if self._closed:
+                    return
                 target, line = self._lines.popleft()
             data = line
             with contextlib.suppress(OSError):  # the reader is gone

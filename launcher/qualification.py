@@ -121,10 +121,10 @@ class _Trial:
         """Start the ranks; return what ended them, None if they ended by themselves."""
         file = self.folder / f"order-{len(list(self.folder.glob('order-*')))}.json"
         file.write_text(json.dumps(asdict(order)), encoding="utf-8")
-        # What run_attempt keeps goes with the rest.
-        config = self.config.model_copy(update={"output": str(self.folder), "name": "attempt"})
+        logs = file.with_suffix(".logs")
+        logs.mkdir()
         try:
-            start_ranks(hosts, ["--probe", str(file)], config)
+            start_ranks(hosts, ["--probe", str(file)], self.config, logs)
         except (StoppedOnRequest, Interrupted):
             raise
         except ShoalError as error:

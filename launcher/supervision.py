@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import sys
 import time
 import uuid
@@ -29,13 +30,18 @@ from shoal.launcher.fanout import AttemptEnd, CutOff, HostLostError, run_attempt
 from shoal.launcher.greeting import find_guards, find_reachable
 from shoal.launcher.guard import AGENT_SECONDS, SILENCE_SECONDS
 from shoal.launcher.hosts import Host, is_local
-from shoal.launcher.outcomes import JOB_VARIABLE
 from shoal.launcher.output import LAUNCH_FILE, next_log_folder
 from shoal.launcher.processes import any_gone, changed_environment, launch_ranks, open_process
 from shoal.launcher.runs import run_folder
 from shoal.launcher.screen import newest_checkpoint, newest_checkpoint_note, show_error
 from shoal.launcher.world import caught_signals, seconds_to_train
-from shoal.trainer.aside import ELSEWHERE, REFUSED_VARIABLE, RESUMED, read_resumed
+from shoal.trainer.aside import (
+    ELSEWHERE,
+    JOB_VARIABLE,
+    REFUSED_VARIABLE,
+    forget_resumed,
+    read_resumed,
+)
 from shoal.trainer.storage import write_text
 
 FINAL = (
@@ -73,10 +79,11 @@ def supervise(hosts: Sequence[Host], config: RunConfig, watch: Sequence[int] = (
 
 
 def _check_way(hosts: Sequence[Host], config: RunConfig) -> None:
-    """Refuse to start guards where they would not find their key.
+    """Refuse what cannot work where hosts have disks of their own.
 
     Raises:
-        ConfigError: they call back, and its folder is not shared.
+        ConfigError: guards would not find the key to call back, or this machine would not see
+            the checkpoints that decide what a further attempt does.
     """
     way, copies = config.world.launcher, config.checkpoint.copies
     if way != "ssh" and copies != "shared" and not all(is_local(host.name) for host in hosts):
@@ -85,6 +92,13 @@ def _check_way(hosts: Sequence[Host], config: RunConfig) -> None:
             "that there is none",
             where="world.launcher",
             fix="world.launcher=ssh; or let Slurm start the ranks: `srun python launcher/run.py`",
+        )
+    keepers = {"shared": (), "first": hosts[:1], "every": hosts}[copies]
+    if keepers and not any(is_local(host.name) for host in keepers):
+        raise ConfigError(
+            f"checkpoint.copies={copies}, and this machine keeps none of the checkpoints",
+            where=socket.gethostname(),
+            fix=f"give the command on {keepers[0].name}, or a folder that all share",
         )
 
 
@@ -119,11 +133,14 @@ class _Job:
             self._run()
         except Interrupted as error:
             if newest := newest_checkpoint(self.folder):
-                raise StoppedOnRequest(
+                stopped = StoppedOnRequest(
                     f"{error.cause}; {newest} is the newest that there is",
                     where=self.folder,
                     fix="run the same command again: it goes on from there",
-                ) from None
+                )
+                for note in getattr(error, "__notes__", ()):
+                    stopped.add_note(note)
+                raise stopped from None
             raise
 
     def _run(self) -> None:
@@ -160,6 +177,8 @@ class _Job:
         possible when the job began, such as one that is back with fewer GPUs.
         """
         unfit = set(end.refused) if again or isinstance(end.error, PreflightError) else set()
+        if isinstance(end.error, NotMetError) and len(unfit) >= len(self.hosts) - 1:
+            unfit = set()  # nobody reaches the first one: that is no fault of theirs
         if again and isinstance(end.error, HostLostError):
             unfit.add(end.error.where or "")
         unfit &= {host.name for host in self.hosts}
@@ -221,7 +240,7 @@ class _Job:
         # In a folder of its own: another command for this run is refused later than here.
         logs = next_log_folder(self.folder)
         write_text(logs / LAUNCH_FILE, dump_config(self.config))
-        (self._checkpoints / RESUMED).unlink(missing_ok=True)
+        forget_resumed(self._checkpoints)
         if self._last_save() != self._refused_at:
             self._refusal = {}
         with changed_environment(self._refusal):
@@ -232,9 +251,8 @@ class _Job:
         files = {str(file): file.read_text(encoding="utf-8")} if self.own_disks else {}
         if len(self.hosts) > 1 or not is_local(self.hosts[0].name):
             return run_attempt(
-                self.hosts, [str(file)], self.world, self.folder, self.caught, self._gone, logs,
-                files,
-            )  # fmt: skip
+                self.hosts, [str(file)], self.world, logs, self.caught, self._gone, files
+            )
         try:
             launch_ranks(
                 self.hosts[0].slots,

@@ -17,6 +17,7 @@ from shoal.configs.schema import RunConfig, WorldConfig
 from shoal.launcher.commands import Shown, Way, call_commands, guard_command, ssh_command
 from shoal.launcher.fanout import make_tasks
 from shoal.launcher.hosts import Host, is_local
+from shoal.launcher.lines import KEY_FILE
 from shoal.launcher.output import LAUNCH_FILE
 from shoal.launcher.processes import WORKER
 from shoal.launcher.runs import run_folder
@@ -76,7 +77,7 @@ def _start_by(way: Way, config: RunConfig, hosts: Sequence[Host]) -> list[str]:
     if way == "ssh":
         lines += [f"{name}  {shlex.join(ssh_command(name))}" for name in others]
     else:
-        key = run_folder(config) / ".call-key"
+        key = _log_folder(config) / KEY_FILE
         commands = call_commands(way, others, "LAUNCHER:PORT", key)
         names = others if way == "none" else [",".join(others)]
         for name, command in zip(names, commands, strict=True):
@@ -88,7 +89,11 @@ def _start_by(way: Way, config: RunConfig, hosts: Sequence[Host]) -> list[str]:
 
 
 def _launch_file(config: RunConfig) -> str:
-    return str(run_folder(config) / "logs" / "attempt-N" / LAUNCH_FILE)
+    return str(_log_folder(config) / LAUNCH_FILE)
+
+
+def _log_folder(config: RunConfig) -> Path:
+    return run_folder(config) / "logs" / "attempt-N"
 
 
 def _list_environment(world: WorldConfig, hosts: Sequence[Host], address: str) -> list[str]:

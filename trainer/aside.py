@@ -6,10 +6,13 @@ until they have got past it. Nothing is renamed, so that this works in every kin
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from shoal.trainer.storage import write_text
 
+JOB_VARIABLE = "SHOAL_JOB"
+"""Names a command's job, all its attempts, to its ranks."""
 REFUSED_VARIABLE = "SHOAL_REFUSED"
 """In the environment of ranks: the name of the checkpoint that is left out."""
 RESUMED = ".resumed"
@@ -18,11 +21,21 @@ ELSEWHERE = ".elsewhere"
 
 
 def note_resumed(root: Path, name: str) -> None:
-    """Leave word of the checkpoint of this run that it goes on from; an empty name: of none."""
-    write_text(root / RESUMED, name)
+    """Leave word of the checkpoint of this run that this job goes on from; empty: of none."""
+    write_text(root / RESUMED, f"{os.environ.get(JOB_VARIABLE, '')} {name}")
 
 
 def read_resumed(root: Path) -> str:
-    """Return the name of the checkpoint that the run last went on from; empty: unknown, or none."""
+    """Return the name of the checkpoint that this job last went on from; empty: unknown, or none.
+
+    Another command for the same run may have left its own word, before the lock refuses it.
+    """
     note = root / RESUMED
-    return note.read_text(encoding="utf-8") if note.is_file() else ""
+    job, _, name = (note.read_text(encoding="utf-8") if note.is_file() else "").partition(" ")
+    return name if job == os.environ.get(JOB_VARIABLE, "") else ""
+
+
+def forget_resumed(root: Path) -> None:
+    """Take back this job's word, before it goes on from another."""
+    if read_resumed(root):
+        (root / RESUMED).unlink(missing_ok=True)

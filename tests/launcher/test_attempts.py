@@ -28,7 +28,7 @@ from shoal.launcher.commands import Way
 from shoal.launcher.endings import Interrupted, interrupted
 from shoal.launcher.fanout import AttemptEnd, CutOff, HostLostError
 from shoal.launcher.hosts import Host
-from shoal.trainer.aside import REFUSED_VARIABLE, note_resumed, read_resumed
+from shoal.trainer.aside import JOB_VARIABLE, REFUSED_VARIABLE, note_resumed, read_resumed
 from shoal.trainer.checkpoint import checkpoint_name
 
 
@@ -149,6 +149,16 @@ def checkpoints(job: Job) -> list[str]:
     return sorted(path.name for path in root.glob("*step-*"))
 
 
+def test_who_alone_does_not_reach_the_first_host_is_left_out_and_not_all_others(job: Job) -> None:
+    apart = NotMetError("cannot reach n1:2000")
+    job.ends = [(apart, {}, ["n3.invalid"])] * 2 + [(None, {})]
+    job.run("n1.invalid", "n2.invalid", "n3.invalid")
+    assert job.hosts[-1] == ["n1.invalid", "n2.invalid"]
+    job.ends = [(apart, {}, ["n2.invalid", "n3.invalid"])] * 2
+    with pytest.raises(RetriesExhausted, match="the same failure twice"):
+        job.run("n1.invalid", "n2.invalid", "n3.invalid")
+
+
 def save(job: Job, *steps: int) -> None:
     for step in steps:
         folder = Path(job.config.output) / job.config.name / f"checkpoints/step-{step:08d}"
@@ -195,6 +205,22 @@ def test_the_one_that_failed_is_left_out_and_not_the_newest(job: Job) -> None:
     job.ends = [(ShoalError("killed"), {}), (ShoalError("killed"), {}), (None, {})]
     job.run("n1.invalid")
     assert told == ["", "", "step-00000040"]
+
+
+def test_the_word_of_another_command_is_neither_taken_nor_removed(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(job, 40, 50)
+    root = Path(job.config.output) / job.config.name / "checkpoints"
+    monkeypatch.setenv(JOB_VARIABLE, "other")
+    note_resumed(root, "step-00000050")
+    told: list[str] = []
+    job.before = lambda: told.append(os.environ.get(REFUSED_VARIABLE, ""))
+    job.ends = [(ShoalError("killed"), {})] * 2
+    with pytest.raises(RetriesExhausted):
+        job.run("n1.invalid")
+    assert told == ["", ""]
+    assert read_resumed(root) == "step-00000050"
 
 
 def test_a_checkpoint_written_since_is_not_left_out(job: Job) -> None:
@@ -336,6 +362,12 @@ def test_a_stop_that_saves_nothing_is_a_stop_where_there_is_a_checkpoint(job: Jo
     with pytest.raises(StoppedOnRequest, match=r"SIGUSR1 .*; .*step-00000040 is the newest") as end:
         job.run("n1.invalid")
     assert end.value.exit_code == 5
+    hung = interrupted(signal.SIGUSR1)
+    hung.add_note("rank 1 stands still")
+    job.ends = [(hung, {})]
+    with pytest.raises(StoppedOnRequest) as end:
+        job.run("n1.invalid")
+    assert end.value.__notes__[0] == "rank 1 stands still"
 
 
 def test_guards_that_call_back_need_a_shared_folder(job: Job) -> None:
@@ -345,6 +377,20 @@ def test_guards_that_call_back_need_a_shared_folder(job: Job) -> None:
     )
     with pytest.raises(ConfigError, match="pdsh needs a run folder that all hosts share"):
         job.run("n1.invalid", "n2.invalid")
+
+
+@pytest.mark.parametrize("copies", ["every", "first"])
+def test_where_disks_are_not_shared_the_command_is_given_on_one_that_keeps(
+    copies: str, job: Job
+) -> None:
+    kept = job.config.checkpoint.model_copy(update={"copies": copies})
+    job.config = job.config.model_copy(update={"checkpoint": kept})
+    with pytest.raises(ConfigError, match="this machine keeps none") as caught:
+        job.run("n1.invalid", "n2.invalid")
+    assert "give the command on n1.invalid" in (caught.value.fix or "")
+    if copies == "every":
+        job.ends = [(None, {})]
+        job.run("n1.invalid", "localhost")
 
 
 def test_a_signal_before_ranks_are_watched_reaches_them(

@@ -228,11 +228,11 @@ def leave_behind(run: Path) -> dict[str, Path]:
     """Make one of everything that may be left."""
     paths = {
         "partial": run / "checkpoints" / ".partial-step-00000099-ab",
-        "key": run / ".call-key",
+        "key": run / "logs" / "mine" / ".call-key",
         "log": run / "logs" / "attempt-00001",
     }
-    for name in ("partial", "log"):
-        paths[name].mkdir(parents=True)
+    for folder in (paths["partial"], paths["log"], paths["key"].parent):
+        folder.mkdir(parents=True)
     (paths["partial"] / "rank-00000.safetensors").write_bytes(b"x" * 1000)
     (paths["log"] / "rank-00000.log").write_text("x" * 10)
     paths["key"].write_text("x" * 10)

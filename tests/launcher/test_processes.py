@@ -209,6 +209,14 @@ def test_stop_after_the_end_keeps_the_caller_from_going_on() -> None:
     assert type(error) is StoppedOnRequest
 
 
+def test_a_stop_does_not_hide_what_kept_ranks_from_saving() -> None:
+    full = [outcome(0, "PreflightError"), outcome(1, "PreflightError")]
+    assert type(decide(full, {0: 4, 1: 4}, number=15)) is PreflightError
+    error = decide([replace(outcome(0, "HangError"), progress=7)], {1: -9}, number=15)
+    assert type(error) is Interrupted
+    assert any("rank 1 stands still" in note for note in error.__notes__)
+
+
 def test_signal_before_anything_was_saved() -> None:
     error = decide([], {0: 143, 1: 143}, number=15)
     assert type(error) is Interrupted

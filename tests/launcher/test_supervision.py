@@ -31,6 +31,7 @@ from shoal.launcher.endings import Interrupted
 from shoal.launcher.fanout import AttemptEnd, HostLostError, make_tasks, run_attempt
 from shoal.launcher.greeting import find_guards
 from shoal.launcher.hosts import Host
+from shoal.launcher.output import next_log_folder
 from shoal.launcher.world import caught_signals
 
 HERE, THERE = Host("127.0.0.1", 1), Host("far-away.invalid", 2)
@@ -43,7 +44,7 @@ def attempt(
     way: Way = "ssh",
 ) -> AttemptEnd:
     file, world = str(stage / "run.yaml"), WorldConfig(launcher=way)
-    return run_attempt(hosts, [file], world, stage, caught, lambda: False)
+    return run_attempt(hosts, [file], world, next_log_folder(stage), caught, lambda: False)
 
 
 def records(stage: Path) -> dict[str, list[int]]:
@@ -82,7 +83,7 @@ def test_each_rank_of_each_host_is_started_once(way: Way, log: str, stage: Path)
     assert places == {"0": [4, 0], "1": [4, 0], "2": [4, 1], "3": [4, 0]}
     assert (stage / f"logs/attempt-00001/{log}.log").read_text().startswith("--- ")
     assert not list(guards())
-    assert not (stage / ".call-key").exists()
+    assert not list(stage.rglob(".call-key"))
 
 
 def test_hosts_that_share_no_folder_are_sent_what_their_ranks_read(
@@ -90,7 +91,8 @@ def test_hosts_that_share_no_folder_are_sent_what_their_ranks_read(
 ) -> None:
     file, text = stage / "disk" / "launch.yaml", (stage / "run.yaml").read_text()
     world, hosts = WorldConfig(), [HERE, THERE]
-    run_attempt(hosts, [str(file)], world, stage, [], lambda: False, files={str(file): text})
+    logs, files = next_log_folder(stage), {str(file): text}
+    run_attempt(hosts, [str(file)], world, logs, [], lambda: False, files)
     assert file.read_text() == text
     assert set(records(stage)) == {"0", "1", "2"}
 
@@ -127,7 +129,7 @@ def test_a_guard_that_cannot_be_started_is_an_error_at_once(
     monkeypatch.setattr(shutil, "which", lambda program: None)
     with pytest.raises(PreflightError, match="pdsh: is not installed here"):
         attempt(stage, [], way="pdsh")
-    assert not (stage / ".call-key").exists()
+    assert not list(stage.rglob(".call-key"))
     assert time.monotonic() - begun < 60
 
 
@@ -283,7 +285,8 @@ def test_hosts_whose_ranks_do_not_find_the_others_are_named(
     monkeypatch.setenv("FAKE", "apart")
     world = WorldConfig(start_seconds=2)
     hosts = (HERE, THERE, Host("farther.invalid", 1))
-    end = run_attempt(hosts, [str(stage / "run.yaml")], world, stage, [], lambda: False)
+    logs = next_log_folder(stage)
+    end = run_attempt(hosts, [str(stage / "run.yaml")], world, logs, [], lambda: False)
     assert type(end.error) is NotMetError
     assert end.error.where == THERE.name
     assert "did not find all others within 2 s" in end.error.cause
