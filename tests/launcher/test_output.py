@@ -115,7 +115,6 @@ def test_who_reads_nothing_misses_lines_and_is_told(monkeypatch: pytest.MonkeyPa
     for line in lines[: 2 * count]:
         screen.show(write, line)
     assert time.monotonic() - begun < 10, "waited for once"
-    screen.close()
     seen = b""
     while b"00001\n" not in seen or select.select([read], [], [], 1)[0]:
         seen += os.read(read, 1 << 16)
@@ -128,6 +127,10 @@ def test_who_reads_nothing_misses_lines_and_is_told(monkeypatch: pytest.MonkeyPa
     assert told == b"(%d lines are not shown here, where nobody read them)\n" % missed
     assert last == b"again\n"
     os.close(read)
+    deadline = time.monotonic() + 10
+    while any(thread.name == "screen" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline, "its thread is left"
+        time.sleep(0.05)
 
 
 def test_a_reader_that_is_slow_misses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
