@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from shoal.configs.schema import RunConfig
 from shoal.launcher.endings import Interrupted
 from shoal.launcher.fanout import run_attempt
 from shoal.launcher.findings import Facts, Finding, judge_host
-from shoal.launcher.greeting import NoAnswerError, ask_host
+from shoal.launcher.greeting import LOOK_SECONDS, NoAnswerError, ask_host
 from shoal.launcher.hosts import Host, is_local
 from shoal.launcher.inspection import Request, inspect
 from shoal.launcher.meeting import open_meeting
@@ -51,6 +51,7 @@ def check_cluster(
     full: bool = False,
     probe: bool = True,
     quick: bool = False,
+    called_off: Callable[[], bool] = lambda: False,
 ) -> list[Finding]:
     """Look at every host at once; then, if all is well, let their ranks talk.
 
@@ -60,6 +61,7 @@ def check_cluster(
         full: Read every byte of the shards.
         probe: Start the ranks for a short all-reduce.
         quick: Look only at what takes no time, and start nothing.
+        called_off: Whether nobody waits for it any more; what was not heard then counts as bad.
     """
     folder = run_folder(config).absolute()
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,20 +70,19 @@ def check_cluster(
         token.flush()
         request = _make_request(config, folder, token.name, hosts[0])
         request = replace(request, full=full, quick=quick)
-        answers = _ask_all(hosts, config, request)
+        answers = _ask_all(hosts, config, request, called_off)
     for late in folder.glob(f"{Path(token.name).name}-*"):
         late.unlink(missing_ok=True)
     known = [answer for answer in answers if not isinstance(answer, Finding)]
     findings: list[Finding] = []
-    for host, answer in zip(hosts, answers, strict=True):
+    for index, answer in enumerate(answers):
         if isinstance(answer, Finding):
             findings.append(answer)
         else:
-            alone = len(hosts) == 1
             try:
-                findings += judge_host(host, answer, known[0], config, quick=quick, alone=alone)
+                findings += judge_host(hosts, index, answer, known[0], config, quick=quick)
             except (KeyError, TypeError) as error:  # another version answers something else
-                findings.append(_explain_crash(host, error))
+                findings.append(_explain_crash(hosts[index], error))
     if probe and not quick and all(finding.is_good for finding in findings):
         findings.append(_probe(config, hosts))
     return findings
@@ -96,7 +97,9 @@ def _make_request(config: RunConfig, folder: Path, token: str, first: Host) -> R
     return Request(str(folder), token, first=first.name, shards=shards, own_disk=own_disk)
 
 
-def check_before_start(hosts: Sequence[Host], config: RunConfig) -> None:
+def check_before_start(
+    hosts: Sequence[Host], config: RunConfig, called_off: Callable[[], bool] = lambda: False
+) -> None:
     """Refuse to begin on fewer machines than were asked for, or where one could not train.
 
     Raises:
@@ -111,7 +114,8 @@ def check_before_start(hosts: Sequence[Host], config: RunConfig) -> None:
         )
     with suppress(ShoalError):  # known once the corpus is prepared; disks are weighed then
         config = resolve_vocab(config)
-    bad = [one for one in check_cluster(config, hosts, quick=True) if not one.is_good]
+    found = check_cluster(config, hosts, quick=True, called_off=called_off)
+    bad = [one for one in found if not one.is_good]
     if not bad:
         return
     first, others = bad[0], dict.fromkeys(one.host for one in bad[1:] if one.host != bad[0].host)
@@ -120,7 +124,9 @@ def check_before_start(hosts: Sequence[Host], config: RunConfig) -> None:
     raise kind(first.text + more, where=first.host, fix=first.fix)
 
 
-def _ask_all(hosts: Sequence[Host], config: RunConfig, request: Request) -> list[Facts | Finding]:
+def _ask_all(
+    hosts: Sequence[Host], config: RunConfig, request: Request, called_off: Callable[[], bool]
+) -> list[Facts | Finding]:
     """Ask all machines side by side; one that hangs is given up without waiting for it."""
     seconds = FULL_SECONDS if request.full else ANSWER_SECONDS
     answers: dict[int, Facts | Finding] = {}
@@ -129,7 +135,7 @@ def _ask_all(hosts: Sequence[Host], config: RunConfig, request: Request) -> list
     )  # fmt: skip
 
     def ask(index: int, host: Host, request: Request) -> None:
-        answers[index] = _ask(host, config, request, seconds)
+        answers[index] = _ask(host, config, request, seconds, called_off)
 
     def ask_each(request: Request) -> None:
         threads = []
@@ -140,7 +146,11 @@ def _ask_all(hosts: Sequence[Host], config: RunConfig, request: Request) -> list
             threads.append(thread)
         deadline = time.monotonic() + seconds + 5  # what is asked for here has no limit of its own
         for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+            while thread.is_alive() and time.monotonic() < deadline and not called_off():
+                thread.join(LOOK_SECONDS)
+        # What reaches other machines is ended by whoever asks.
+        for thread in threads if called_off() else ():
+            thread.join(2 * LOOK_SECONDS)
 
     if meeting is None:
         ask_each(request)
@@ -152,14 +162,22 @@ def _ask_all(hosts: Sequence[Host], config: RunConfig, request: Request) -> list
     return [found.get(index) or _refuse(host, lost) for index, host in enumerate(hosts)]
 
 
-def _ask(host: Host, config: RunConfig, request: Request, seconds: float) -> Facts | Finding:
+def _ask(
+    host: Host,
+    config: RunConfig,
+    request: Request,
+    seconds: float,
+    called_off: Callable[[], bool],
+) -> Facts | Finding:
     begun = time.time()
     try:
         if is_local(host.name):
             facts = inspect(request)
         else:
-            words = json.dumps(asdict(request))
-            facts = ask_host(host.name, config.world.launcher, "--inspect", words, seconds=seconds)
+            words, way = json.dumps(asdict(request)), config.world.launcher
+            facts = ask_host(
+                host.name, way, "--inspect", words, seconds=seconds, called_off=called_off
+            )
     except NoAnswerError as error:
         if config.world.launcher == "none":
             text = "not looked at: under world.launcher=none nothing but its guard can be asked"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,18 +35,19 @@ class Finding:
 
 
 def judge_host(
-    host: Host, facts: Facts, first: Facts, config: RunConfig, *, quick: bool, alone: bool
+    hosts: Sequence[Host], index: int, facts: Facts, first: Facts, config: RunConfig, *, quick: bool
 ) -> list[Finding]:
     """Return what is to be said of a host, beside the first one that has answered.
 
     Args:
-        host: Its name and ranks.
+        hosts: Machines of the job.
+        index: Which of them it is.
         facts: What it says (`inspection.inspect`), and how that took.
         first: What the first one says.
         config: The run that is planned.
         quick: Only what was looked at before a start, and only what would stop it.
-        alone: Whether it is the whole job: its ranks meet on its own loopback.
     """
+    host = hosts[index]
     limit = START_CLOCK_SECONDS if quick else CLOCK_SECONDS
     verdicts: dict[str, Verdict] = {
         "reach": (None, _describe_answer(facts["seconds"]), ""),
@@ -54,14 +56,14 @@ def judge_host(
         "devices": _count_devices(host, facts["devices"], first["devices"]),
         "clock": _read_clock(facts["skew"], limit),
         "run folder": _judge_folder(facts, config),
-        "disk": _weigh_disk(facts, config),
+        "disk": _weigh_disk(facts, config, is_first=index == 0),
         "shards": _judge_shards(facts["shards"], first["shards"], config, quick=quick),
     }
     if not quick:
         verdicts["driver"] = _judge_driver(facts["driver"])
         several_gpus = host.slots > 1 and facts["devices"]["count"] > 1
         verdicts["shared memory"] = _weigh_shared_memory(facts["shared_memory"], several_gpus)
-        if not alone:
+        if len(hosts) > 1:  # one alone meets on its own loopback
             tried = config.world.launcher != "none"
             verdicts["network"] = _judge_way(facts["interface"], tried)
     found = [
@@ -150,13 +152,13 @@ def _judge_folder(facts: Facts, config: RunConfig) -> Verdict:
     return problem, "", fix
 
 
-def _weigh_disk(facts: Facts, config: RunConfig) -> Verdict:
+def _weigh_disk(facts: Facts, config: RunConfig, *, is_first: bool) -> Verdict:
     from shoal.launcher.training import needed_bytes
 
     free = facts["free_bytes"] / 1e9
     if config.model.vocab_size is None:  # known once the corpus is prepared
         return None, f"{free:.1f} GB free", ""
-    needed = needed_bytes(run_folder(config), config) / 1e9
+    needed = needed_bytes(run_folder(config), config, is_first=is_first) / 1e9
     text = f"checkpoints need {needed:.2f} GB of {free:.1f} GB free"
     fix = "free some, write elsewhere (output=FOLDER), or lower checkpoint.keep"
     return text if needed > free else None, text, fix

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,12 +20,18 @@ from shoal.launcher.hosts import Host, is_local
 from shoal.launcher.inspection import describe_installation
 from shoal.launcher.refusals import Refusal, explain_refusal
 
+LOOK_SECONDS = 0.5
 GREET_SECONDS = 30.0
 """What a machine may take to say who it is, between attempts: it has done so before."""
 
 
 def find_reachable(
-    hosts: Sequence[Host], way: Way, least: int, run: Path | None, lost: Collection[str] = ()
+    hosts: Sequence[Host],
+    way: Way,
+    least: int,
+    run: Path | None,
+    lost: Collection[str] = (),
+    called_off: Callable[[], bool] = lambda: False,
 ) -> list[Host]:
     """Return the machines that answer; all of them where nothing but a guard can be asked.
 
@@ -32,12 +41,13 @@ def find_reachable(
         least: How many it is to have.
         run: The folder that they share, if they do.
         lost: Names of those that did not answer a moment ago.
+        called_off: Whether nobody wants to know any more.
 
     Raises:
         PreflightError: fewer than the job is to have.
     """
     problems = dict.fromkeys(lost, "does not answer")
-    problems |= greet([host for host in hosts if host.name not in lost], way, run)
+    problems |= greet([host for host in hosts if host.name not in lost], way, run, called_off)
     found = [host for host in hosts if host.name not in problems]
     if len(found) < least:
         raise PreflightError(
@@ -49,7 +59,12 @@ def find_reachable(
     return found
 
 
-def greet(hosts: Sequence[Host], way: Way, run: Path | None) -> dict[str, str]:
+def greet(
+    hosts: Sequence[Host],
+    way: Way,
+    run: Path | None,
+    called_off: Callable[[], bool] = lambda: False,
+) -> dict[str, str]:
     """Ask the other machines who they are; return what is wrong, by name.
 
     `run` gets a file for a moment, which a machine that shares the folder sees.
@@ -58,7 +73,7 @@ def greet(hosts: Sequence[Host], way: Way, run: Path | None) -> dict[str, str]:
     if not others or way == "none":
         return {}
     with _open_token(run) as token, ThreadPoolExecutor(len(others)) as pool:
-        answers = pool.map(lambda host: _greet(host, way, token), others)
+        answers = pool.map(lambda host: _greet(host, way, token, called_off), others)
         return {h.name: problem for h, problem in zip(others, answers, strict=True) if problem}
 
 
@@ -73,7 +88,12 @@ def _open_token(run: Path | None) -> Iterator[Path]:
         yield Path(file.name)
 
 
-def find_guards(pids: Mapping[str, int], way: Way, seconds: float) -> dict[str, bool]:
+def find_guards(
+    pids: Mapping[str, int],
+    way: Way,
+    seconds: float,
+    called_off: Callable[[], bool] = lambda: False,
+) -> dict[str, bool]:
     """Return whether the guards that had these process ids still run, by name of their machine.
 
     All are asked side by side; those that do not answer in time are left out.
@@ -82,7 +102,8 @@ def find_guards(pids: Mapping[str, int], way: Way, seconds: float) -> dict[str, 
     def ask(name: str) -> bool | None:
         try:
             words = ("--greet", "/", str(pids[name]))
-            return pids[name] in ask_host(name, way, *words, seconds=seconds)["guards"]
+            told = ask_host(name, way, *words, seconds=seconds, called_off=called_off)
+            return pids[name] in told["guards"]
         except NoAnswerError:
             return None
 
@@ -99,38 +120,60 @@ class NoAnswerError(Exception):
         self.refusal = refusal
 
 
-def ask_host(name: str, way: Way, *words: str, seconds: float) -> dict[str, Any]:
+def ask_host(
+    name: str,
+    way: Way,
+    *words: str,
+    seconds: float,
+    called_off: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
     """Return what a machine says of itself, within so many seconds.
 
     Raises:
-        NoAnswerError: it says nothing, or not what was asked for.
+        NoAnswerError: it says nothing, or not what was asked for, or nobody waits for it any more.
         PreflightError: what reaches it is not installed here.
     """
     command = ask_command(way, name, *words)
     if command is None:
         raise NoAnswerError("there is no way to ask it")
     try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            timeout=seconds, check=False,
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True,
             start_new_session=True,  # Ctrl-C is for us: an ssh that it ends is no lost machine
         )  # fmt: skip
     except FileNotFoundError:
         raise PreflightError(f"there is no {command[0]} here", fix="install it") from None
-    except subprocess.TimeoutExpired:
+    with process:
+        said = _hear_out(process, time.monotonic() + seconds, called_off)
+    if said is None:
         text = f"did not answer within {seconds:.0f} s"
-        raise NoAnswerError(text, explain_refusal(name, text, None)) from None
+        raise NoAnswerError(text, explain_refusal(name, text, None))
     try:
-        return dict(json.loads(done.stdout.splitlines()[-1]))
+        return dict(json.loads(said[0].splitlines()[-1]))
     except (ValueError, IndexError):
-        refusal = explain_refusal(name, done.stderr, done.returncode)
+        refusal = explain_refusal(name, said[1], process.returncode)
         raise NoAnswerError(refusal.cause, refusal) from None
 
 
-def _greet(host: Host, way: Way, token: Path) -> str | None:
+def _hear_out(
+    process: subprocess.Popen[str], deadline: float, called_off: Callable[[], bool]
+) -> tuple[str, str] | None:
+    """Return what a process prints on both streams; None where that is late, and it is ended."""
+    while True:
+        try:
+            return process.communicate(timeout=LOOK_SECONDS)
+        except subprocess.TimeoutExpired:
+            if time.monotonic() > deadline or called_off():
+                os.killpg(process.pid, signal.SIGKILL)  # a session of its own: pdsh has children
+                process.communicate()
+                return None
+
+
+def _greet(host: Host, way: Way, token: Path, called_off: Callable[[], bool]) -> str | None:
     try:
         words = ("--greet", str(token.absolute()))
-        theirs = ask_host(host.name, way, *words, seconds=GREET_SECONDS)
+        theirs = ask_host(host.name, way, *words, seconds=GREET_SECONDS, called_off=called_off)
     except NoAnswerError as error:
         return str(error)
     if not theirs["sees"]:

@@ -49,7 +49,7 @@ FINAL = (
 )  # fmt: skip
 """Ends that another attempt would only repeat, or that were asked for."""
 ASK_SECONDS = 10.0
-"""What a machine may take to say whether its guard is gone; a request to stop waits as long."""
+"""What a machine may take to say whether its guard is gone."""
 GONE_MARGIN_SECONDS = 2.0
 
 
@@ -145,8 +145,10 @@ class _Job:
 
     def _run(self) -> None:
         attempts = self.world.max_restarts + 1
-        check_before_start(self.hosts, self.config)
-        self._heed_request()
+        try:
+            check_before_start(self.hosts, self.config, self._is_called_off)
+        finally:
+            self._heed_request()
         seen = set()
         for attempt in range(1, attempts + 1):
             end = self._attempt()
@@ -275,8 +277,9 @@ class _Job:
         try:
             # Of all: what was lost may have come back.
             least = self.world.min_hosts
+            folder = None if self.own_disks else self.folder
             found = find_reachable(
-                self.all_hosts, self.way, least, None if self.own_disks else self.folder, lost
+                self.all_hosts, self.way, least, folder, lost, self._is_called_off
             )
         finally:
             self._heed_request()
@@ -300,7 +303,7 @@ class _Job:
             # Once in any case: whoever asks ends a guard that is stopped, and its ranks with it.
             if pids and (not is_asked or seconds > ASK_SECONDS / 2):
                 limit = min(ASK_SECONDS, seconds) if is_asked else ASK_SECONDS
-                found = find_guards(pids, self.way, limit)
+                found = find_guards(pids, self.way, limit, self._is_called_off)
                 silent = set(pids) - set(found) if self.way != "none" else set()
                 left = {name: one for name, one in left.items() if found.get(name, True)}
             is_asked = True
@@ -318,8 +321,11 @@ class _Job:
         Raises:
             Interrupted: so it is.
         """
-        if self.caught or self._gone():
+        if self._is_called_off():
             raise interrupted(self.caught[0] if self.caught else signal.SIGTERM)
+
+    def _is_called_off(self) -> bool:
+        return bool(self.caught) or self._gone()
 
     def _gone(self) -> bool:
         """Whether one of the processes that want this job has ended, or its time is over."""

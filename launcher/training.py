@@ -74,7 +74,8 @@ def _train_one(config: RunConfig, world: World, device: torch.device) -> None:
     position = corpus.identity() | _teacher_identity(config)
     check_same_on_ranks(config, position)
     _check_resume(folder, config, position)
-    raise_together(find_short_disk(folder, config))
+    # Ranks are numbered host by host: where both numbers agree is the first one.
+    raise_together(find_short_disk(folder, config, is_first=world.rank == world.local_rank))
     if world.rank == 0:
         write_text(folder / CONFIG_FILE, dump_config(config))
     objective = _build_objective(config, corpus, device)
@@ -124,8 +125,11 @@ def _teacher_identity(config: RunConfig) -> dict[str, Any]:
     return {"teacher": {file.name: digest(file) for file in weights}}
 
 
-def needed_bytes(folder: Path, config: RunConfig) -> int:
-    """Return what the checkpoints of a run will take beyond what they take now."""
+def needed_bytes(folder: Path, config: RunConfig, *, is_first: bool = True) -> int:
+    """Return what the checkpoints of a run will take on this host beyond what they take now.
+
+    `is_first`: on the first host of the job, which may be the only one that keeps them.
+    """
     from shoal.trainer.checkpoint import BYTES_PER_PARAMETER, checkpoint_step, list_checkpoints
     from shoal.trainer.cost import count_parameters
 
@@ -139,14 +143,18 @@ def needed_bytes(folder: Path, config: RunConfig) -> int:
     milestones = config.steps // rule.milestone_every if rule.milestone_every else 0
     # The newest lies beside those kept until it is whole.
     most = min(rule.keep + milestones + rule.keep_best + 1, len(done) + saves)
-    if rule.folder:  # here are only parts on their way there, and the one that was gone on from
+    if rule.folder or (rule.copies == "first" and not is_first):
+        # Only parts on their way, and the one that was gone on from.
         most = min(most, 2)
     return max(0, BYTES_PER_PARAMETER * count_parameters(config.model).total * most - written)
 
 
-def find_short_disk(folder: Path, config: RunConfig) -> PreflightError | None:
+def find_short_disk(
+    folder: Path, config: RunConfig, *, is_first: bool = True
+) -> PreflightError | None:
     """Return what is wrong if the checkpoints of a run cannot fit where they go."""
-    needed, free = needed_bytes(folder, config), shutil.disk_usage(folder).free
+    needed = needed_bytes(folder, config, is_first=is_first)
+    free = shutil.disk_usage(folder).free
     if needed <= free:
         return None
     return PreflightError(

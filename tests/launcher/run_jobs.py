@@ -37,7 +37,7 @@ def train(configs, world):
 
 module = types.ModuleType("shoal.launcher.training")
 module.train = train
-module.needed_bytes = lambda folder, config: 0
+module.needed_bytes = lambda folder, config, is_first: 0
 sys.modules["shoal.launcher.training"] = module
 """
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from shoal.configs.errors import (
@@ -24,9 +25,11 @@ from shoal.configs.errors import (
 )
 from shoal.configs.schema import DataConfig, RunConfig, Stream, TrainConfig, WorldConfig
 from shoal.launcher import supervision
+from shoal.launcher.check import check_before_start
 from shoal.launcher.commands import Way
 from shoal.launcher.endings import Interrupted, interrupted
 from shoal.launcher.fanout import AttemptEnd, CutOff, HostLostError
+from shoal.launcher.greeting import find_guards, find_reachable
 from shoal.launcher.hosts import Host
 from shoal.trainer.aside import JOB_VARIABLE, REFUSED_VARIABLE, note_resumed, read_resumed
 from shoal.trainer.checkpoint import checkpoint_name
@@ -53,6 +56,7 @@ class Job:
         self.lost: list[list[str]] = []
         self.guards: Callable[[float], dict[str, bool]] = lambda seconds: {}
         self.asked: list[dict[str, int]] = []
+        self.called_off: list[int] = []
 
     def run(self, *names: str) -> None:
         supervision.supervise([Host(name, 1) for name in names], self.config)
@@ -62,12 +66,14 @@ class Job:
         self.hosts.append([host.name for host in hosts])
         return AttemptEnd(*self.ends.pop(0))
 
-    def _find_guards(self, pids: dict[str, int], way: Way, seconds: float) -> dict[str, bool]:
+    def _find_guards(
+        self, pids: dict[str, int], way: Way, seconds: float, called_off: Callable[[], bool]
+    ) -> dict[str, bool]:
         self.asked.append(pids)
         return self.guards(seconds)
 
     def _find(self, hosts: Sequence[Host], *given: Any) -> list[Host]:
-        self.lost.append(sorted(given[-1]))
+        self.lost.append(sorted(given[-2]))
         return [h for h in hosts if self.answering is None or h.name in self.answering]
 
 
@@ -350,6 +356,35 @@ def test_a_request_between_attempts_is_heeded(job: Job) -> None:
     with pytest.raises(Interrupted) as caught:
         job.run("n1.invalid", "n2.invalid")
     assert caught.value.exit_code == 128 + signal.SIGTERM
+
+
+def test_a_request_is_heeded_while_hosts_are_asked(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ssh").write_text(f"#!/bin/sh\necho $$ >> {tmp_path}/asked; exec sleep 60\n")
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(supervision, "check_before_start", check_before_start)
+
+    def stop_once_asked() -> None:
+        while not (tmp_path / "asked").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_once_asked).start()
+    begun = time.monotonic()
+    with pytest.raises(Interrupted):
+        job.run("n1.invalid", "n2.invalid")
+    assert time.monotonic() - begun < 15, "it would have been 60"
+    for pid in (tmp_path / "asked").read_text().split():
+        assert not psutil.pid_exists(int(pid))
+    threads = [threading.Timer(1.0, job.called_off.append, [signal.SIGTERM])]
+    threads[0].start()
+    begun = time.monotonic()
+    assert find_guards({"n1.invalid": 7}, "ssh", 60, lambda: bool(job.called_off)) == {}
+    with pytest.raises(PreflightError, match="0 of 1 hosts answer"):
+        find_reachable([Host("n1.invalid", 1)], "ssh", 1, None, (), lambda: bool(job.called_off))
+    assert time.monotonic() - begun < 15
 
 
 def test_a_stop_that_saves_nothing_is_a_stop_where_there_is_a_checkpoint(job: Job) -> None:

@@ -54,15 +54,17 @@ def test_what_retention_may_keep_is_counted(tmp_path: Path) -> None:
     )
     one = count_parameters(config.model).total * 12
 
-    def count(**rule: Any) -> float:
-        kept = CheckpointConfig(every_steps=20, **rule)
-        return training.needed_bytes(tmp_path, config.model_copy(update={"checkpoint": kept})) / one
+    def count(is_first: bool = True, **rule: Any) -> float:
+        kept = config.model_copy(update={"checkpoint": CheckpointConfig(every_steps=20, **rule)})
+        return training.needed_bytes(tmp_path, kept, is_first=is_first) / one
 
     assert count(keep=1) == 2, "the newest lies beside the one that is kept until it is whole"
     assert count(keep=3) == 4
     assert count(keep=1, keep_best=True) == 3
     assert count(keep=1, milestone_every=60) == 2 + 4
     assert count(keep=1, milestone_every=20) == 13, "no more than are ever written"
+    assert count(keep=9, copies="first") == count(False, keep=9, copies="every") == 10
+    assert count(False, keep=9, copies="first") == 2, "parts of one, and the one it went on from"
 
 
 def test_a_full_disk_ends_a_command_and_a_rank_with_one_screen(
