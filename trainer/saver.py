@@ -81,6 +81,8 @@ class Saver:
         self._sound, self._left = True, False
         self._ticks = 0
         """How often the thread has got further."""
+        self._file: Path | None = None
+        """What it writes; growth is progress, too, since to write it is one call."""
         store.tick = self._tick
         self._kept: dict[str, Tensor] = {}
         """Memory of the copies, used again: to get it anew takes as long as to copy."""
@@ -183,7 +185,7 @@ class Saver:
         last = -1
         while True:
             busy = self._thread is not None and self._thread.is_alive()
-            told = [int(busy), int(self._error is not None), self._ticks]
+            told = [int(busy), int(self._error is not None), self._ticks + self._count_written()]
             state = torch.tensor(told, device=self.device)
             dist.all_reduce(state)
             if int(state[1]) or not int(state[0]):
@@ -199,6 +201,12 @@ class Saver:
     def _tick(self) -> None:
         self._ticks += 1
 
+    def _count_written(self) -> int:
+        try:
+            return self._file.stat().st_size if self._file else 0
+        except OSError:  # not yet there, or published
+            return 0
+
     def leave(self) -> None:
         """Give what is being written a moment, and no more: something else has failed.
 
@@ -211,6 +219,7 @@ class Saver:
 
     def _write(self, part: _Part) -> None:
         aside = self.store.aside_of(checkpoint_name(part.head["step"]))
+        self._file = aside / part.file
         try:
             self._write_aside(part, aside)
         except BaseException as error:  # raised where training can see it

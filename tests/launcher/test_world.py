@@ -13,8 +13,9 @@ import time
 import psutil
 import pytest
 
-from shoal.configs.errors import ConfigError
+from shoal.configs.errors import ConfigError, HangError
 from shoal.configs.schema import WorldConfig
+from shoal.launcher.watchdog import Watchdog
 from shoal.launcher.world import (
     RANK_VARIABLES,
     StopRequest,
@@ -169,3 +170,18 @@ def test_a_command_is_as_old_as_the_torchrun_that_starts_its_ranks_again(
     assert parent is not None
     assert command_age() == pytest.approx(time.time() - parent.create_time(), abs=1)
     assert own == pytest.approx(time.time() - psutil.Process().create_time(), abs=1)
+
+
+def test_a_rank_that_is_ended_names_the_key_that_bounded_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "_exit", lambda code: None)
+    told: list[HangError] = []
+    for seconds, key in ((None, "world.timeout_seconds"), (0.05, "world.save_seconds")):
+        watchdog = Watchdog(lambda error, count: told.append(error))
+        watchdog.limit = 0.3
+        if seconds:
+            watchdog.hurry(seconds)
+        with watchdog:
+            time.sleep(0.6)
+        assert key in (told[-1].fix or "")

@@ -240,3 +240,29 @@ def test_room_is_looked_for_before_it_is_needed(tmp_path, monkeypatch, place):
     error = writer.find_shortage(engine)
     assert isinstance(error, PreflightError) and socket.gethostname() in error.cause
     assert error.where == str(tmp_path) and "free some space" in error.fix
+
+
+def test_a_file_that_grows_is_progress_and_one_that_does_not_is_none(tmp_path, monkeypatch):
+    """To write it is one call of the library, which may take long on a slow disk."""
+    go, save_file = threading.Event(), safetensors.torch.save_file
+
+    def write_slowly(tensors, file):
+        with file.open("wb") as stream:
+            for _ in range(5):
+                stream.write(b"x" * 100)
+                stream.flush()
+                time.sleep(0.3)
+        go.wait(30)
+        save_file(tensors, file)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", write_slowly)
+    told = []
+    writer = make(tmp_path, 2)
+    begin(writer, 1)
+    begun = time.monotonic()
+    threading.Timer(5.0, go.set).start()
+    writer.finish(lambda doing: told.append(time.monotonic() - begun))
+    while_growing = [moment for moment in told if moment < 2.5]
+    assert len(while_growing) >= 4
+    assert not [moment for moment in told if 2.5 < moment < 4.5], "it stands still"
+    assert steps(tmp_path) == [1]
