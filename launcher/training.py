@@ -58,9 +58,8 @@ def train(configs: Sequence[RunConfig], world: World) -> None:
 
 def _train_one(config: RunConfig, world: World, device: torch.device) -> None:
     from shoal.trainer.engine import Engine
-    from shoal.trainer.identity import check_same_on_ranks
     from shoal.trainer.loop import train as run_loop
-    from shoal.trainer.teamwork import do_together, raise_together
+    from shoal.trainer.teamwork import do_together
 
     folder = run_folder(config)
     lock = do_together(
@@ -70,14 +69,7 @@ def _train_one(config: RunConfig, world: World, device: torch.device) -> None:
         device,
     )
     corpus = open_corpus(config)
-    config = resolve_run(config, corpus.manifest)
-    position = corpus.identity() | _teacher_identity(config)
-    check_same_on_ranks(config, position)
-    _check_resume(folder, config, position)
-    # Ranks are numbered host by host: where both numbers agree is the first one.
-    raise_together(find_short_disk(folder, config, is_first=world.rank == world.local_rank))
-    if world.rank == 0:
-        write_text(folder / CONFIG_FILE, dump_config(config))
+    config, position = _settle(folder, config, corpus, world)
     objective = _build_objective(config, corpus, device)
     loader = _build_loader(config, corpus, world)
     engine = Engine(
@@ -106,6 +98,29 @@ def _train_one(config: RunConfig, world: World, device: torch.device) -> None:
     engine.close()
     if lock:
         lock.close()
+
+
+def _settle(
+    folder: Path, config: RunConfig, corpus: Corpus, world: World
+) -> tuple[RunConfig, dict[str, Any]]:
+    """Return the whole config and what a checkpoint remembers of its inputs; keep the former.
+
+    Raises:
+        ConfigError, DataError: ranks differ, or what there is was trained otherwise.
+        PreflightError: a disk is too small.
+    """
+    from shoal.trainer.identity import check_same_on_ranks
+    from shoal.trainer.teamwork import raise_together
+
+    config = resolve_run(config, corpus.manifest)
+    position = corpus.identity() | _teacher_identity(config)
+    check_same_on_ranks(config, position)
+    _check_resume(folder, config, position)
+    # Ranks are numbered host by host: where both numbers agree is the first one.
+    raise_together(find_short_disk(folder, config, is_first=world.rank == world.local_rank))
+    if world.rank == 0:
+        write_text(folder / CONFIG_FILE, dump_config(config))
+    return config, position
 
 
 def _teacher_identity(config: RunConfig) -> dict[str, Any]:
