@@ -85,10 +85,13 @@ def measure(scale: Scale, device: Any, folder: Path) -> Iterator[Claim]:
     parameters = sum(p.numel() for p in loop.engine.objective.parameters())
     setup = {"parameters": parameters, "device": device.type, "precision": "bf16", "ranks": 1}
 
-    def stall() -> float:
+    def stall(saver: Saver = saver) -> float:
         seconds = saver.begin(loop.engine, next(numbers), {}, {})
         saver.finish()
         return seconds
+
+    def stall_first() -> float:  # the memory of the copies is got anew
+        return stall(Saver(SharedFolder(folder / "first"), Retention(1)))
 
     def peers() -> Iterator[tuple[str, Any, Target]]:
         yield "a clone of its slices", lambda: time_clone(loop), Target("<=", 1.3)
@@ -99,6 +102,9 @@ def measure(scale: Scale, device: Any, folder: Path) -> Iterator[Claim]:
         turns = take_turns(stall, peer, scale.rounds)
         claim = f"stall of a save against {name}, {device.type}"
         yield Claim.from_turns(claim, "s", turns, target, setup)
+    turns = take_turns(stall_first, lambda: time_clone(loop), scale.rounds)
+    claim = f"stall of the first save against a clone of its slices, {device.type}"
+    yield Claim.from_turns(claim, "s", turns, Target("<=", 1.3), setup)
     turns = take_turns(
         lambda: time_stretch(loop, scale.steps, saver, next(numbers)),
         lambda: time_stretch(loop, scale.steps, None, 0),
