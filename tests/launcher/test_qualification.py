@@ -104,7 +104,7 @@ def test_ranks_that_cannot_even_start_are_a_claim_that_fails(
 def test_a_run_that_does_not_go_on_is_a_claim_that_fails(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(hosts: list[Host], words: list[str], _: RunConfig) -> None:
+    def fail(hosts: list[Host], words: list[str], *_: Any) -> None:
         order = json.loads(Path(words[1]).read_text())
         if order["doom"] is None:
             assert [host.slots for host in hosts] == [1]
