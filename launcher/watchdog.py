@@ -38,6 +38,8 @@ class Watchdog:
         """
         self.limit = float("inf")
         """Seconds without progress that are too long."""
+        self._key = "world.timeout_seconds"
+        """Of the config: what to raise for a longer limit."""
         self._report, self._mark = report, mark
         self._count, self._doing, self._touched = 0, "starting", time.monotonic()
         self._longest = 0.0
@@ -54,7 +56,8 @@ class Watchdog:
 
         Of a job that is to stop: who saves gets further, and for a rank that hangs nobody waits.
         """
-        self.limit = min(self.limit, seconds + self._longest)
+        if seconds + self._longest < self.limit:
+            self.limit, self._key = seconds + self._longest, "world.save_seconds"
 
     @contextmanager
     def meeting(self) -> Iterator[None]:
@@ -95,7 +98,7 @@ class Watchdog:
         error = HangError(
             f"no progress for {self.limit:.0f} s while {self._doing}",
             fix="the stacks above say where its ranks stood; if that was work and no fault, raise "
-            "world.timeout_seconds",
+            f"{self._key}",
         )
         try:
             if self._report:

@@ -13,8 +13,9 @@ import time
 import psutil
 import pytest
 
-from shoal.configs.errors import ConfigError
+from shoal.configs.errors import ConfigError, HangError
 from shoal.configs.schema import WorldConfig
+from shoal.launcher.watchdog import Watchdog
 from shoal.launcher.world import (
     RANK_VARIABLES,
     StopRequest,
@@ -44,7 +45,8 @@ def test_alone_without_a_launcher() -> None:
 def test_who_hangs_when_it_is_to_stop_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     ended = threading.Event()
     monkeypatch.setattr(os, "_exit", lambda code: ended.set())
-    world = World.detect()
+    told: list[HangError] = []
+    world = World.detect(watchdog=Watchdog(lambda error, count: told.append(error)))
     world.setup(WorldConfig(save_seconds=1, threads=psutil.cpu_count() or 1))
     with world.watchdog:
         time.sleep(2)
@@ -54,6 +56,18 @@ def test_who_hangs_when_it_is_to_stop_is_not_waited_for(monkeypatch: pytest.Monk
         world.watchdog.touch("saving")
         assert not ended.wait(2)
         assert ended.wait(5)
+    assert told[0].cause.endswith("while saving") and "raise world.save_seconds" in told[0].fix
+
+
+def test_a_stop_never_makes_a_rank_wait_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended, told = threading.Event(), list[HangError]()
+    monkeypatch.setattr(os, "_exit", lambda code: ended.set())
+    watchdog = Watchdog(lambda error, count: told.append(error))
+    watchdog.limit = 0.5
+    watchdog.hurry(20)
+    with watchdog:
+        assert ended.wait(5)
+    assert "raise world.timeout_seconds" in told[0].fix
 
 
 def test_deepspeed_says_local_size(monkeypatch: pytest.MonkeyPatch) -> None:

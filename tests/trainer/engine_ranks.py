@@ -47,7 +47,7 @@ from shoal.trainer.disks import write_at
 from shoal.trainer.engine import Engine, start_process_group, stop_process_group
 from shoal.trainer.identity import check_same_on_ranks
 from shoal.trainer.optim import group_parameters, learning_rate
-from shoal.trainer.storage import sync
+from shoal.trainer.storage import write_pieces
 
 
 def train_plain(case: dict[str, Any]) -> dict[str, list[float]]:
@@ -302,7 +302,7 @@ def run_loop(case: dict[str, Any], **more: Any) -> dict[str, Any]:
             weight[3] ^= 1 << case.get("bit", 20)
 
     if case.get("full", (None, 0))[0] == rank:
-        saver.sync = partial(refuse_to_write, case["full"][1])
+        saver.write_pieces = partial(refuse_to_write, case["full"][1])
     if case.get("refuse_part") == rank:
         disks.write_at = refuse_part
     befall = flip_bit if "flip" in case else None
@@ -324,7 +324,7 @@ def run_loop(case: dict[str, Any], **more: Any) -> dict[str, Any]:
         error = [type(raised).__name__, str(raised)]
     finally:
         engine.close()
-        saver.sync, disks.write_at = sync, write_at
+        saver.write_pieces, disks.write_at = write_pieces, write_at
     answer = {"error": error, "loss": loss, "rows": source.rows}
     return answer | ({"keys": gather_rows(source)} if "loader" in case else {})
 
@@ -333,10 +333,10 @@ def refuse_part(file: Path, first: int, chunk: Tensor) -> None:
     raise OSError(errno.ENOSPC, "No space left on device", str(file))
 
 
-def refuse_to_write(step: int, path: Path) -> None:
-    if checkpoint.checkpoint_name(step) in str(path):
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
-    sync(path)
+def refuse_to_write(step: int, file: Path, *rest: Any) -> str:
+    if checkpoint.checkpoint_name(step) in str(file):
+        raise OSError(errno.ENOSPC, "No space left on device", str(file))
+    return write_pieces(file, *rest)
 
 
 def run_teamwork(case: dict[str, Any]) -> dict[str, Any]:
