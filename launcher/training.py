@@ -57,9 +57,7 @@ def train(configs: Sequence[RunConfig], world: World) -> None:
 
 
 def _train_one(config: RunConfig, world: World, device: torch.device) -> None:
-    from shoal.trainer.engine import Engine
     from shoal.trainer.identity import check_same_on_ranks
-    from shoal.trainer.loop import train as run_loop
     from shoal.trainer.teamwork import do_together, raise_together
 
     folder = run_folder(config)
@@ -77,6 +75,24 @@ def _train_one(config: RunConfig, world: World, device: torch.device) -> None:
     raise_together(find_short_disk(folder, config))
     if world.rank == 0:
         write_text(folder / CONFIG_FILE, dump_config(config))
+    try:
+        _build_and_run(config, corpus, world, device, position)
+    except NonFiniteLossError as error:
+        if config.ledger.kind != "tune":
+            raise
+        if world.rank == 0:  # a rate that is too high is a result of a search, not its end
+            write_text(folder / DIVERGED, str(error))
+    if lock:
+        lock.close()
+
+
+def _build_and_run(
+    config: RunConfig, corpus: Corpus, world: World, device: torch.device, position: dict[str, Any]
+) -> None:
+    """Build the parts of a run whose inputs are known to be right, and train."""
+    from shoal.trainer.engine import Engine
+    from shoal.trainer.loop import train as run_loop
+
     objective = _build_objective(config, corpus, device)
     loader = _build_loader(config, corpus, world)
     engine = Engine(
@@ -97,14 +113,10 @@ def _train_one(config: RunConfig, world: World, device: torch.device) -> None:
             position=position,
             progress=world.watchdog.touch,
         )
-    except NonFiniteLossError as error:
-        if config.ledger.kind != "tune":
-            raise
-        if world.rank == 0:  # a rate that is too high is a result of a search, not its end
-            write_text(folder / DIVERGED, str(error))
+    except NonFiniteLossError:
+        engine.close()  # the next run of a search needs the room
+        raise
     engine.close()
-    if lock:
-        lock.close()
 
 
 def _teacher_identity(config: RunConfig) -> dict[str, Any]:

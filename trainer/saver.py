@@ -121,9 +121,21 @@ class Saver:
         self.finish(progress)
         self.device = engine.device
         begun = time.perf_counter()
-        kept = self._kept
-        index: dict[str, dict[str, dict[str, Any]]] = {}
-        file = self.store.file_name
+        index, file = self._copy(engine), self.store.file_name
+        seconds = time.perf_counter() - begun
+        head = {"step": step, "position": position, "run": run, "loss": loss}
+        self._vouched, self._sound = threading.Event(), sound
+        shapes, states = engine.parameter_shapes, engine.parameter_states
+        part = _Part(self._kept, index, file, head, shapes, states, self._vouched)
+        self._thread = threading.Thread(target=self._write, args=(part,), name=f"saver {step}")
+        if sound:
+            self._vouched.set()
+        self._thread.start()
+        return seconds
+
+    def _copy(self, engine: Engine) -> dict[str, Any]:
+        """Copy what this rank holds; return where its file has it, by parameter and state."""
+        kept, index = self._kept, dict[str, Any]()
         for name, state, offset, values in engine.read_slices():
             key = f"{state}/{name}"
             flat = values.detach().flatten()
@@ -131,20 +143,10 @@ class Saver:
                 kept[key].copy_(flat)
             else:
                 kept[key] = flat.to("cpu", torch.float32, copy=True)
-            piece = Slice(file=file, key=key, offset=offset, length=values.numel())
-            shape = engine.parameter_shapes[name]
-            entry = StoredTensor(shape=shape, slices=(piece,)).model_dump()
-            index.setdefault(name, {})[state] = entry
-        seconds = time.perf_counter() - begun
-        head = {"step": step, "position": position, "run": run, "loss": loss}
-        self._vouched, self._sound = threading.Event(), sound
-        shapes, states = engine.parameter_shapes, engine.parameter_states
-        part = _Part(kept, index, file, head, shapes, states, self._vouched)
-        self._thread = threading.Thread(target=self._write, args=(part,), name=f"saver {step}")
-        if sound:
-            self._vouched.set()
-        self._thread.start()
-        return seconds
+            piece = Slice(file=self.store.file_name, key=key, offset=offset, length=flat.numel())
+            entry = StoredTensor(shape=engine.parameter_shapes[name], slices=(piece,))
+            index.setdefault(name, {})[state] = entry.model_dump()
+        return index
 
     def vouch(self, *, sound: bool) -> None:
         """Say whether what was copied last is sound; otherwise it is never published."""
