@@ -15,10 +15,8 @@ from functools import partial
 from itertools import chain
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from engine_models import (
@@ -27,11 +25,11 @@ from engine_models import (
     KERNELS,
     OPTIM,
     ROWS,
+    LoaderSource,
     Source,
     build,
     build_engine,
     count_tokens,
-    global_batch,
     microbatches,
     shape,
 )
@@ -39,8 +37,7 @@ from torch import Tensor
 
 from shoal.configs.errors import DataError, ShoalError
 from shoal.configs.schema import RunConfig
-from shoal.data_pipeline.batch import PADDING_ROW, Batch
-from shoal.data_pipeline.loader import Loader
+from shoal.data_pipeline.batch import PADDING_ROW
 from shoal.trainer import checkpoint, disks, loop, resumption, saver, segment, teamwork
 from shoal.trainer.anomaly import AnomalyDetector
 from shoal.trainer.disks import write_at
@@ -204,43 +201,6 @@ def run_refused(case: dict[str, Any]) -> dict[str, Any]:
     untouched = fingerprints(read_state(engine)) == before
     engine.close()
     return {"error": error, "untouched": untouched}
-
-
-class TokenRows:
-    """Shards as a loader sees them, made up: every token determines most of the next one."""
-
-    def __init__(self, count: int) -> None:
-        facts = {"rows": count, "context": CONTEXT, "eot_id": 0, "tokenizer_fingerprint": "none"}
-        self.manifest = SimpleNamespace(**facts)
-        self._tokens = torch.cat(
-            [torch.cat([x, t[:, -1:].clamp(min=0)], 1) for x, t in map(global_batch, range(count))]
-        ).numpy()[:count]
-
-    def __len__(self) -> int:
-        return len(self._tokens)
-
-    def gather(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self._tokens[numbers], np.zeros((len(numbers), CONTEXT), dtype=np.int32)
-
-
-class LoaderSource(Source):
-    """The loader of real runs, over two streams, that remembers what it was asked for."""
-
-    def __init__(self, rank: int, ranks: int) -> None:
-        super().__init__(rank, ranks)
-        self.loader = Loader(
-            [(TokenRows(13), 2.0), (TokenRows(7), 1.0)],  # type: ignore[list-item]
-            seed=3,
-            batch_rows=ROWS,
-            micro_batch_rows=1,
-            rank=rank,
-            num_ranks=ranks,
-        )
-
-    def microbatches(self, step: int) -> list[Batch]:
-        batches = self.loader.microbatches(step)
-        self.rows[step] = [int(row) for batch in batches for row in batch.row_ids]
-        return batches
 
 
 def gather_rows(source: Source) -> dict[int, list[int]]:
