@@ -11,7 +11,7 @@ import itertools
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.claims import (
     Claim,
     Target,
+    Turns,
     make_parser,
     print_claim,
     take_turns,
@@ -85,13 +86,8 @@ def measure(scale: Scale, device: Any, folder: Path) -> Iterator[Claim]:
     parameters = sum(p.numel() for p in loop.engine.objective.parameters())
     setup = {"parameters": parameters, "device": device.type, "precision": "bf16", "ranks": 1}
 
-    def stall(saver: Saver = saver) -> float:
-        seconds = saver.begin(loop.engine, next(numbers), {}, {})
-        saver.finish()
-        return seconds
-
-    def stall_first() -> float:  # the memory of the copies is got anew
-        return stall(Saver(SharedFolder(folder / "first"), Retention(1)))
+    def stall() -> float:
+        return time_stall(loop, saver, next(numbers))
 
     def peers() -> Iterator[tuple[str, Any, Target]]:
         yield "a clone of its slices", lambda: time_clone(loop), Target("<=", 1.3)
@@ -102,25 +98,49 @@ def measure(scale: Scale, device: Any, folder: Path) -> Iterator[Claim]:
         turns = take_turns(stall, peer, scale.rounds)
         claim = f"stall of a save against {name}, {device.type}"
         yield Claim.from_turns(claim, "s", turns, target, setup)
-    turns = take_turns(stall_first, lambda: time_clone(loop), scale.rounds)
-    claim = f"stall of the first save against a clone of its slices, {device.type}"
+    fewer = max(2, scale.rounds // 2)
+    turns = time_first_saves(loop, folder / "first", fewer)
+    claim = f"stall of a run's first save against a clone in new memory, {device.type}"
     yield Claim.from_turns(claim, "s", turns, Target("<=", 1.3), setup)
     turns = take_turns(
         lambda: time_stretch(loop, scale.steps, saver, next(numbers)),
         lambda: time_stretch(loop, scale.steps, None, 0),
-        max(2, scale.rounds // 2),
+        fewer,
     )
     claim = f"{scale.steps} steps with a save against as many without, {device.type}"
     yield Claim.from_turns(claim, "s", turns, Target("<=", 1.03), setup)
     loop.engine.close()
 
 
-def time_clone(loop: EngineLoop) -> float:
-    """Copy what the rank holds to the CPU, and nothing else."""
+def time_stall(loop: EngineLoop, saver: Saver, number: int) -> float:
+    """Save, and wait for it; return the seconds that training would have waited."""
+    seconds = saver.begin(loop.engine, number, {}, {})
+    saver.finish()
+    return seconds
+
+
+def time_first_saves(loop: EngineLoop, root: Path, rounds: int) -> Turns:
+    """Time the first saves of so many new runs, which get memory for the copy, and clones."""
+    from shoal.trainer.checkpoint import Retention
+    from shoal.trainer.saver import Saver
+    from shoal.trainer.stores import SharedFolder
+
+    # All are kept, or the next one would get the memory of the last.
+    savers, clones = list[Saver](), list[Any]()
+
+    def stall() -> float:
+        savers.append(Saver(SharedFolder(root), Retention(1)))
+        return time_stall(loop, savers[-1], len(savers))
+
+    return take_turns(stall, lambda: time_clone(loop, clones.append), rounds)
+
+
+def time_clone(loop: EngineLoop, keep: Callable[[Any], object] = lambda copy: None) -> float:
+    """Copy what the rank holds to the CPU, and nothing else; `keep` gets the copies."""
 
     def work() -> None:
         for _, _, _, values in loop.engine.read_slices():
-            values.detach().to("cpu", copy=True)
+            keep(values.detach().to("cpu", copy=True))
 
     return time_call(work)
 

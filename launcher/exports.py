@@ -46,10 +46,8 @@ def export_run(
         DataError: no checkpoint, none that verifies, or the shards are not those of the run.
         GateError: what was written does not agree with the model.
     """
-    from shoal.trainer.checkpoint import TensorReader
     from shoal.trainer.identity import check_same_inputs
     from shoal.trainer.ledger import LedgerEntry, append_entry, now
-    from shoal.trainer.model import Transformer
 
     if out.exists():
         raise ConfigError("exists already", where=out, fix="choose another folder, or remove it")
@@ -59,9 +57,7 @@ def export_run(
     # What was trained is what the checkpoint says; config.yaml tells where the shards are now.
     corpus = open_corpus(config.model_copy(update={"data": data}))
     check_same_inputs(manifest.position, corpus.identity(), where=folder)
-    reader = TensorReader(folder, manifest)
-    model = Transformer(config.model, _cpu_kernels())
-    model.load_state_dict({name: reader.read(name) for name in manifest.tensors})
+    model = _load_trained(folder, manifest, config.model)
     facts = _describe_run(run, config, manifest.step, corpus.manifest.shards_hash)
     report = _export(model, config.model, corpus, out, facts, dtype)
     entry = LedgerEntry(
@@ -94,6 +90,17 @@ def _find_trained(
             fix=f"train the rest: shoal train {run / CONFIG_FILE}",
         )
     return folder, manifest, config
+
+
+def _load_trained(folder: Path, manifest: Manifest, shape: ModelConfig) -> Transformer:
+    """Return the model of a checkpoint, fp32 on the CPU."""
+    from shoal.trainer.checkpoint import TensorReader
+    from shoal.trainer.model import Transformer
+
+    reader = TensorReader(folder, manifest)
+    model = Transformer(shape, _cpu_kernels())
+    model.load_state_dict({name: reader.read(name) for name in manifest.tensors})
+    return model
 
 
 def _bring_newest(root: Path, warn: Callable[[str], None]) -> None:

@@ -38,10 +38,11 @@ class Watchdog:
         """
         self.limit = float("inf")
         """Seconds without progress that are too long."""
+        self._key = "world.timeout_seconds"
+        """Of the config: what to raise for a longer limit."""
         self._report, self._mark = report, mark
         self._count, self._doing, self._touched = 0, "starting", time.monotonic()
         self._longest = 0.0
-        self._key = "world.timeout_seconds"
         self._over = threading.Event()
 
     def touch(self, doing: str) -> None:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 from shoal.configs.schema import RunConfig
 from shoal.trainer.ledger import LedgerEntry, append_entry, now, read_ledger
+from shoal.trainer.segment import RunFacts
 
 
 class Booking:
     """Books what was done since the last time."""
 
-    def __init__(
-        self, path: Path, config: RunConfig, *, devices: int, device: str, flops_per_token: float
-    ) -> None:
-        """Name the ledger and what is the same in every entry."""
-        self.path, self.config = path, config
-        self.devices, self.device, self.flops_per_token = devices, device, flops_per_token
-        self.begin(0)
+    def __init__(self, config: RunConfig, facts: RunFacts, step: int) -> None:
+        """Count from `step`, into the ledger in the folder of a run."""
+        self.path, self.config, self.facts = facts.folder / "ledger.jsonl", config, facts
+        self.begin(step)
 
     def begin(self, step: int) -> None:
         """Count from here, at `step`."""
@@ -40,10 +37,10 @@ class Booking:
                 scope=self.config.ledger.scope,
                 started=self.started,
                 seconds=time.monotonic() - self.begun,
-                devices=self.devices,
-                device=self.device,
+                devices=self.facts.ranks,
+                device=self.facts.device,
                 tokens=tokens,
-                flops=tokens * self.flops_per_token,
+                flops=tokens * self.facts.training_flops_per_token,
                 note=f"steps {self.step} to {step}",
             )
             append_entry(self.path, entry)

@@ -28,7 +28,7 @@ from shoal.trainer.checkpoint import (
     read_manifest,
     verify_file,
 )
-from shoal.trainer.storage import CHUNK_BYTES, sync, write_text
+from shoal.trainer.storage import CHUNK_BYTES, SYNC_BYTES, force, sync, write_text
 from shoal.trainer.stores import (
     OWNER,
     SharedFolder,
@@ -259,6 +259,8 @@ def write_at(file: Path, first: int, chunk: Tensor) -> None:
     file.parent.mkdir(exist_ok=True)
     with file.open("ab" if first else "wb") as stream:
         stream.write(chunk.numpy().data)
+        if stream.tell() % SYNC_BYTES < len(chunk):
+            force(stream)
 
 
 def mark_fetched(aside: Path, where: str) -> None:

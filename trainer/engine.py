@@ -130,16 +130,7 @@ class Engine:
         self._engine.train()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        sums: Tensor | None = None
-        for index, batch in enumerate(batches):
-            self._engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
-            batch = batch.to(self.device)
-            objective, parts = self._engine(batch.inputs, batch.targets, batch.segments)
-            self._engine.backward(objective * (self.num_ranks / tokens), scale_wrt_gas=False)
-            sums = parts if sums is None else sums + parts
-        assert sums is not None
-        dist.all_reduce(sums)
-        totals = LossSums.from_vector(sums)
+        totals = self._accumulate(batches, tokens)
         answers: list[bool] = []
 
         def judge() -> bool:
@@ -153,6 +144,19 @@ class Engine:
             self._norm = nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit)
         self._engine.step()
         return StepResult(totals, tokens, self._grad_norm(), taken=any(answers))
+
+    def _accumulate(self, batches: Sequence[Batch], tokens: int) -> LossSums:
+        """Add up the gradients of the micro-batches; return the sums of their losses."""
+        sums: Tensor | None = None
+        for index, batch in enumerate(batches):
+            self._engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
+            batch = batch.to(self.device)
+            objective, parts = self._engine(batch.inputs, batch.targets, batch.segments)
+            self._engine.backward(objective * (self.num_ranks / tokens), scale_wrt_gas=False)
+            sums = parts if sums is None else sums + parts
+        assert sums is not None
+        dist.all_reduce(sums)
+        return LossSums.from_vector(sums)
 
     def _grad_norm(self) -> float:
         """Norm of the gradient before clipping, known once a step has begun."""

@@ -101,15 +101,7 @@ def export_model(
     try:
         _write(model, config, tokenizer.folder, aside, dtype, eot_id)
         report = _pass_gate(model, aside, out, tokenizer, sample_ids, dtype)
-        files = {
-            file.name: digest(file)
-            for file in sorted(aside.iterdir())
-            if file.name != "generation_config.json"  # habits of sampling; no score depends on it
-        }
-        _write_json(aside / FACTS, {"export": asdict(report), "files": files, **facts})
-        (aside / "README.md").write_text(
-            render_card(config, asdict(report), facts), encoding="utf-8"
-        )
+        _describe(aside, config, report, facts)
         _publish(aside, out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -129,6 +121,20 @@ def _write(
     _write_json(folder / "generation_config.json", generation)
     for name in TOKENIZER_FILES:
         shutil.copyfile(tokenizer / name, folder / name)
+
+
+def _describe(
+    folder: Path, config: ModelConfig, report: ExportReport, facts: Mapping[str, Any]
+) -> None:
+    """Add what an export says of itself: hashes of what is there, and a card."""
+    files = {
+        file.name: digest(file)
+        for file in sorted(folder.iterdir())
+        if file.name != "generation_config.json"  # habits of sampling; no score depends on it
+    }
+    _write_json(folder / FACTS, {"export": asdict(report), "files": files, **facts})
+    card = render_card(config, asdict(report), facts)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _write_json(file: Path, tree: Mapping[str, Any]) -> None:

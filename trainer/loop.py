@@ -93,24 +93,20 @@ class _Training:
         """Of the validation rows after this step."""
         self.saved_step = self.sound_step = self.step
         """The last that was saved, and the last of those that has proven sound."""
-        self.booking = Booking(
-            facts.folder / "ledger.jsonl",
-            config,
-            devices=facts.ranks,
-            device=facts.device,
-            flops_per_token=facts.training_flops_per_token,
-        )
-        self.booking.begin(self.step)
-        self.metrics = Metrics(
+        self.booking = Booking(config, facts, self.step)
+        self.metrics = self._start_metrics()
+
+    def _start_metrics(self) -> Metrics:
+        facts = self.facts
+        metrics = Metrics(
             facts.folder,
-            name=config.name,
-            steps=config.steps,
+            name=self.config.name,
+            steps=self.config.steps,
             start=self.step,
             active=facts.rank == 0,
         )
-        self.metrics.write(
-            "start", self.step, ranks=facts.ranks, device=facts.device, **facts.chosen
-        )
+        metrics.write("start", self.step, ranks=facts.ranks, device=facts.device, **facts.chosen)
+        return metrics
 
     def run(self) -> float | None:
         loss = None

@@ -7,13 +7,14 @@ was copied is sound: a checkpoint that nobody vouches for never appears.
 
 from __future__ import annotations
 
+import json
 import math
 import secrets
 import shutil
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from shoal.trainer.checkpoint import (
     checkpoint_name,
 )
 from shoal.trainer.engine import Engine
-from shoal.trainer.storage import digest, sync
+from shoal.trainer.storage import write_pieces
 from shoal.trainer.stores import SharedFolder, Word
 from shoal.trainer.teamwork import LOOK_SECONDS, Progress, Tick, raise_together
 
@@ -81,8 +82,6 @@ class Saver:
         self._sound, self._left = True, False
         self._ticks = 0
         """How often the thread has got further."""
-        self._file: Path | None = None
-        """What it writes; growth is progress, too, since to write it is one call."""
         store.tick = self._tick
         self._kept: dict[str, Tensor] = {}
         """Memory of the copies, used again: to get it anew takes as long as to copy."""
@@ -122,9 +121,21 @@ class Saver:
         self.finish(progress)
         self.device = engine.device
         begun = time.perf_counter()
-        kept = self._kept
-        index: dict[str, dict[str, dict[str, Any]]] = {}
-        file = self.store.file_name
+        index, file = self._copy(engine), self.store.file_name
+        seconds = time.perf_counter() - begun
+        head = {"step": step, "position": position, "run": run, "loss": loss}
+        self._vouched, self._sound = threading.Event(), sound
+        shapes, states = engine.parameter_shapes, engine.parameter_states
+        part = _Part(self._kept, index, file, head, shapes, states, self._vouched)
+        self._thread = threading.Thread(target=self._write, args=(part,), name=f"saver {step}")
+        if sound:
+            self._vouched.set()
+        self._thread.start()
+        return seconds
+
+    def _copy(self, engine: Engine) -> dict[str, Any]:
+        """Copy what this rank holds; return where its file has it, by parameter and state."""
+        kept, index = self._kept, dict[str, Any]()
         for name, state, offset, values in engine.read_slices():
             key = f"{state}/{name}"
             flat = values.detach().flatten()
@@ -132,20 +143,10 @@ class Saver:
                 kept[key].copy_(flat)
             else:
                 kept[key] = flat.to("cpu", torch.float32, copy=True)
-            piece = Slice(file=file, key=key, offset=offset, length=values.numel())
-            shape = engine.parameter_shapes[name]
-            entry = StoredTensor(shape=shape, slices=(piece,)).model_dump()
-            index.setdefault(name, {})[state] = entry
-        seconds = time.perf_counter() - begun
-        head = {"step": step, "position": position, "run": run, "loss": loss}
-        self._vouched, self._sound = threading.Event(), sound
-        shapes, states = engine.parameter_shapes, engine.parameter_states
-        part = _Part(kept, index, file, head, shapes, states, self._vouched)
-        self._thread = threading.Thread(target=self._write, args=(part,), name=f"saver {step}")
-        if sound:
-            self._vouched.set()
-        self._thread.start()
-        return seconds
+            piece = Slice(file=self.store.file_name, key=key, offset=offset, length=flat.numel())
+            entry = StoredTensor(shape=engine.parameter_shapes[name], slices=(piece,))
+            index.setdefault(name, {})[state] = entry.model_dump()
+        return index
 
     def vouch(self, *, sound: bool) -> None:
         """Say whether what was copied last is sound; otherwise it is never published."""
@@ -185,7 +186,7 @@ class Saver:
         last = -1
         while True:
             busy = self._thread is not None and self._thread.is_alive()
-            told = [int(busy), int(self._error is not None), self._ticks + self._count_written()]
+            told = [int(busy), int(self._error is not None), self._ticks]
             state = torch.tensor(told, device=self.device)
             dist.all_reduce(state)
             if int(state[1]) or not int(state[0]):
@@ -201,12 +202,6 @@ class Saver:
     def _tick(self) -> None:
         self._ticks += 1
 
-    def _count_written(self) -> int:
-        try:
-            return self._file.stat().st_size if self._file else 0
-        except OSError:  # not yet there, or published
-            return 0
-
     def leave(self) -> None:
         """Give what is being written a moment, and no more: something else has failed.
 
@@ -219,7 +214,6 @@ class Saver:
 
     def _write(self, part: _Part) -> None:
         aside = self.store.aside_of(checkpoint_name(part.head["step"]))
-        self._file = aside / part.file
         try:
             self._write_aside(part, aside)
         except BaseException as error:  # raised where training can see it
@@ -249,15 +243,28 @@ class Saver:
 
 def _write_file(part: _Part, aside: Path, tick: Tick) -> Word:
     """Write this rank's file; return what the manifest has to say of it."""
-    from safetensors.torch import save_file
-
     file = aside / part.file
     aside.mkdir(exist_ok=True)
-    save_file(part.kept, file)
-    tick()
-    sync(file)
-    facts = {"bytes": file.stat().st_size, "sha256": digest(file, tick)}
+    found = write_pieces(file, _serialize(part.kept), tick)
+    facts = {"bytes": file.stat().st_size, "sha256": found}
     return {"files": {part.file: facts}, "tensors": part.index}
+
+
+def _serialize(kept: Mapping[str, Tensor]) -> Iterator[memoryview]:
+    """Yield a safetensors file in pieces; `save_file` of that library does not say how far it is.
+
+    Args:
+        kept: Of one axis, fp32, on the CPU, each in one run of memory.
+    """
+    table, end = {}, 0
+    for key, values in kept.items():
+        begin, end = end, end + ELEMENT_BYTES * values.numel()
+        table[key] = {"dtype": "F32", "shape": [values.numel()], "data_offsets": [begin, end]}
+    head = json.dumps(table).encode()
+    head += b" " * (-len(head) % 8)  # so that what follows is aligned
+    yield memoryview(len(head).to_bytes(8, "little") + head)
+    for values in kept.values():
+        yield values.view(torch.uint8).numpy().data
 
 
 def count_bytes(engine: Engine) -> tuple[int, int]:

@@ -6,10 +6,14 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 CHUNK_BYTES = 1 << 24
+SYNC_BYTES = 1 << 26
+"""As much is forced to disk at once. A disk that needs more than `world.save_seconds` for it (20 s:
+less than 3.4 MB/s) cannot be told from one that hangs."""
 _PARTIAL = re.compile(r"\.partial-(\d+)-(.+)", re.S)
 
 
@@ -21,6 +25,38 @@ def digest(path: Path, tick: Callable[[], None] = lambda: None) -> str:
             found.update(chunk)
             tick()
     return found.hexdigest()
+
+
+def write_pieces(
+    file: Path, pieces: Iterable[memoryview], tick: Callable[[], None] = lambda: None
+) -> str:
+    """Write a file and force it to disk, part by part; return its SHA-256.
+
+    Args:
+        file: Where to.
+        pieces: Its bytes, in order.
+        tick: Called whenever more of it is written, or on disk; not while a disk hangs.
+    """
+    found, unforced = hashlib.sha256(), 0
+    with file.open("wb") as stream:
+        for piece in pieces:
+            for first in range(0, len(piece), CHUNK_BYTES):
+                chunk = piece[first : first + CHUNK_BYTES]
+                found.update(chunk)
+                unforced += stream.write(chunk)
+                if unforced >= SYNC_BYTES:
+                    force(stream)
+                    unforced = 0
+                tick()
+        force(stream)
+    tick()
+    return found.hexdigest()
+
+
+def force(stream: BinaryIO) -> None:
+    """Force what was written to a file so far to disk."""
+    stream.flush()
+    os.fsync(stream.fileno())
 
 
 def sync(path: Path) -> None:

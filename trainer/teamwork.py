@@ -8,7 +8,7 @@ from __future__ import annotations
 import socket
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -53,6 +53,15 @@ def do_together(
 
     thread = threading.Thread(target=run, name=doing)
     thread.start()
+    _wait_for_all(thread, ticks, lambda: progress(doing), device)
+    raise_together(errors[0] if errors else None)
+    return results[0]
+
+
+def _wait_for_all(
+    thread: threading.Thread, ticks: Sequence[int], tell: Tick, device: torch.device
+) -> None:
+    """Wait until no rank's thread is at work any more; `tell` whenever any got further."""
     last, busy = -1, True
     while busy:
         thread.join(LOOK_SECONDS)
@@ -61,9 +70,7 @@ def do_together(
         busy = bool(state[0])
         if int(state[1]) != last:
             last = int(state[1])
-            progress(doing)
-    raise_together(errors[0] if errors else None)
-    return results[0]
+            tell()
 
 
 def raise_together(error: BaseException | None) -> None:

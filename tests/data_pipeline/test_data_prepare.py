@@ -1,20 +1,18 @@
-"""`prepare`: what a manifest says is true, doing it again does nothing, and changes are refused."""
+"""`prepare`: what a manifest says is true, and what cannot be read or written is named."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import json
-import os
 import resource
 import shutil
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from shoal.configs.errors import ConfigError, DataError
+from shoal.configs.errors import DataError
 from shoal.data_pipeline import tokens
 from shoal.data_pipeline.manifest import hash_file, read_manifest, verify
 from shoal.data_pipeline.packing import find_targets
@@ -100,23 +98,6 @@ def test_streaming_reads_equal_rows(compression, prepared, make_config, tmp_path
     assert np.array_equal(np.stack([data[i]["tokens"] for i in range(len(data))]), expected)
 
 
-def snapshot(folder):
-    return {path: path.stat().st_mtime_ns for path in sorted(folder.parent.rglob("*"))}
-
-
-def test_second_call_does_nothing(make_config, tmp_path):
-    config = make_config(tmp_path / "corpus")
-    first = prepare(config)
-    assert first.built
-    before = snapshot(first.output)
-    told = []
-    for same in (config, make_config(tmp_path / "corpus", processes=3, max_dropped_share=0.5)):
-        assert prepare(same, lambda *facts: told.append(facts)) == replace(first, built=False)
-    assert snapshot(first.output) == before
-    assert told == []
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".corpus.lock", "corpus"]
-
-
 def test_chunks_do_not_show(make_config, prepared, tree, tmp_path, monkeypatch):
     monkeypatch.setattr(tokens, "CHUNK_BYTES", 1500)
     assert tree(prepare(make_config(tmp_path / "c")).output) == tree(prepared.output)
@@ -130,41 +111,6 @@ def test_progress_is_told(make_config, tmp_path):
     assert "train tokenizer: find merges" in {what for what, _, _ in told}
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("context", 32),
-        ("seed", 5),
-        ("tokenizer", {"vocab_size": 300}),
-        ("validation_share", 0.2),
-        ("shard_bytes", 10_000),
-        ("compression", "zstd"),
-        ("train", [{"path": "{corpus}", "domains": ["bio"]}]),
-    ],
-)
-def test_changed_config_is_refused_and_named(name, value, prepared, make_config, corpus_file):
-    if name == "train":
-        value = [value[0] | {"path": str(corpus_file)}]
-    before = snapshot(prepared.output)
-    with pytest.raises(ConfigError, match=f"another corpus: {name} changed") as caught:
-        prepare(make_config(prepared.output, **{name: value}))
-    assert caught.value.where == str(prepared.output)
-    assert f"rm -r {prepared.output}" in str(caught.value.fix)
-    assert snapshot(prepared.output) == before
-
-
-def test_changed_source_is_refused_a_touched_one_is_not(make_config, lines, records, tmp_path):
-    file = lines(tmp_path / "x.jsonl", records(30))
-    settings = {"train": [{"path": str(file)}], "validation_share": 0.0}
-    config = make_config(tmp_path / "out" / "c", **settings)
-    prepare(config)
-    os.utime(file, ns=(1, 1))
-    prepare(config)
-    lines(file, records(31))
-    with pytest.raises(ConfigError, match="a source file changed"):
-        prepare(config)
-
-
 @pytest.mark.parametrize("damage", [b"", b'{"a": [1', b"[]", b'{"PATH": 5}', b"\xff"])
 def test_damaged_memory_of_hashes_is_no_hindrance(damage, make_config, corpus_file, tmp_path):
     """It only saves time: sources are hashed again."""
@@ -172,71 +118,6 @@ def test_damaged_memory_of_hashes_is_no_hindrance(damage, make_config, corpus_fi
     known = tmp_path / "known.json"
     known.write_bytes(damage.replace(b"PATH", str(corpus_file.resolve()).encode()))
     assert SourceHashes(known).hash_source(source) == SourceHashes().hash_source(source)
-
-
-def test_changed_tokenizer_is_refused(make_config, prepared, tmp_path):
-    shutil.copytree(prepared.tokenizer, tmp_path / "given")
-    config = make_config(tmp_path / "out" / "c", tokenizer={"path": str(tmp_path / "given")})
-    done = prepare(config)
-    assert Tokenizer.load(done.tokenizer).fingerprint == Tokenizer.load(
-        prepared.tokenizer
-    ).fingerprint  # fmt: skip
-    Tokenizer.train(["other words"], 300).save(tmp_path / "given")
-    with pytest.raises(ConfigError, match="files of the tokenizer or a source changed"):
-        prepare(config)
-    shutil.rmtree(tmp_path / "given")
-    with pytest.raises(DataError, match="no tokenizer there"):
-        prepare(config)
-
-
-@pytest.mark.parametrize("kind", ["folder", "file", "split"])
-def test_output_that_holds_something_else_is_refused(kind, make_config, prepared, tmp_path):
-    output = tmp_path / "mine"
-    if kind == "file":
-        output.write_text("notes")
-    elif kind == "folder":
-        output.mkdir()
-        (output / "thesis.tex").write_text("years")
-    else:
-        shutil.copytree(prepared.train, output)
-    before = snapshot(output)
-    with pytest.raises(ConfigError, match="holds no prepared corpus") as caught:
-        prepare(make_config(output))
-    assert caught.value.where == str(output)
-    assert snapshot(output) == before
-
-
-def test_empty_output_is_filled(make_config, tmp_path):
-    (tmp_path / "c").mkdir()
-    verify(prepare(make_config(tmp_path / "c")).train)
-
-
-@pytest.mark.parametrize("name", ["tokenizer", "validation"])
-def test_corpus_with_a_folder_removed_is_refused(name, make_config, prepared, tmp_path):
-    shutil.copytree(prepared.output, tmp_path / "c")
-    prepare(make_config(tmp_path / "c"))
-    shutil.rmtree(tmp_path / "c" / name)
-    with pytest.raises(DataError, match="is missing") as caught:
-        prepare(make_config(tmp_path / "c"))
-    assert caught.value.where == str(tmp_path / "c" / name)
-
-
-def test_stale_work_on_this_output_is_removed(make_config, tmp_path):
-    stale = tmp_path / f".partial-c-{'0' * 16}"
-    other = tmp_path / f".partial-d-{'0' * 16}"
-    for folder in (stale, other):
-        (folder / "tokens").mkdir(parents=True)
-    prepare(make_config(tmp_path / "c"))
-    assert not stale.exists()
-    assert other.exists()
-
-
-def test_replaced_tokenizer_is_no_prepared_corpus(make_config, prepared, tmp_path):
-    shutil.copytree(prepared.output, tmp_path / "c")
-    Tokenizer.train(["other words"], 320).save(tmp_path / "c" / "tokenizer")
-    with pytest.raises(DataError, match="not the one the shards were written with") as caught:
-        prepare(make_config(tmp_path / "c"))
-    assert caught.value.where == str(tmp_path / "c" / "tokenizer")
 
 
 @pytest.mark.parametrize("file", [None, "/elsewhere/x"])
@@ -325,3 +206,78 @@ def test_datasets_source_is_identified_by_what_was_read(make_config, records, tm
     (facts,) = read_manifest(done.train).sources
     assert (facts.documents, facts.files) == (30, 3)
     assert len(facts.sha256) == 64
+
+
+BROKEN = [b'{"text": "cut', '{"text": "café"}'.encode("latin-1"), rb'{"text": "\ud83d"}']
+
+
+def test_dropped_records_are_listed(make_config, lines, records, tmp_path):
+    file = lines(tmp_path / "x.jsonl", [*records(10), *BROKEN, *records(87, seed=1)])
+    settings = {"train": [{"path": str(file)}], "validation_share": 0.0}
+    done = prepare(make_config(tmp_path / "c", max_dropped_share=0.03, **settings))
+    manifest = verify(done.train)
+    reasons = {"not JSON": 1, "not UTF-8": 1, "not Unicode text: lone surrogates": 1}
+    assert manifest.dropped.reasons == reasons
+    assert manifest.dropped.total == manifest.sources[0].dropped == 3
+    assert manifest.documents == 97
+    listed = [json.loads(line) for line in (done.train / "dropped.jsonl").open()]
+    assert [(r["place"], r["reason"]) for r in listed] == [
+        ("x.jsonl:11", "not JSON"),
+        ("x.jsonl:12", "not UTF-8"),
+        ("x.jsonl:13", "not Unicode text: lone surrogates"),
+    ]
+    assert {r["source"] for r in listed} == {str(file)}
+    assert manifest.dropped.examples[0] == "x.jsonl:11: not JSON"
+    with pytest.raises(DataError, match="3 of 100 records are broken") as caught:
+        prepare(make_config(tmp_path / "d", max_dropped_share=0.029, **settings))
+    assert caught.value.exit_code == 3
+    assert caught.value.where == str(file)
+    for place in ("x.jsonl:11", "x.jsonl:12", "x.jsonl:13"):
+        assert place in caught.value.cause
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_nothing_but_broken_records(given, make_config, prepared, lines, tmp_path):
+    """Also where the tokenizer is trained first, the places are named."""
+    file = lines(tmp_path / "x.jsonl", BROKEN)
+    changes = {"tokenizer": {"path": str(prepared.tokenizer)}} if given else {}
+    with pytest.raises(DataError, match=r"x\.jsonl:2: not UTF-8") as caught:
+        prepare(make_config(tmp_path / "c", train=[{"path": str(file)}], **changes))
+    assert caught.value.where == str(file)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message", "where"),
+    [
+        ({"train": "empty file"}, "the corpus holds no documents", "x.jsonl"),
+        ({"train": "empty folder"}, "no documents there", "folder"),
+        ({"train": "missing"}, "no documents there", "gone"),
+        ({"validation": "empty file"}, "validation split holds no documents", "x.jsonl"),
+        ({"validation_share": 1e-9}, "validation split holds no documents", "validation_share"),
+        ({"validation_share": 1.0}, "the corpus holds no documents", "documents.jsonl.gz"),
+    ],
+)
+def test_empty_corpora(changes, message, where, make_config, lines, tmp_path):
+    lines(tmp_path / "x.jsonl", [])
+    (tmp_path / "folder").mkdir()
+    paths = {"empty file": "x.jsonl", "empty folder": "folder", "missing": "gone"}
+    changed = {
+        key: [{"path": str(tmp_path / paths[value])}] if value in paths else value
+        for key, value in changes.items()
+    }
+    if "validation" in changed:
+        changed["validation_share"] = 0.0
+    with pytest.raises(DataError, match=message) as caught:
+        prepare(make_config(tmp_path / "c", **changed))
+    assert where in str(caught.value.where)
+    assert not (tmp_path / "c").exists()
+
+
+def test_cut_archive_stops_everything(make_config, corpus_file, tmp_path):
+    (tmp_path / "x.jsonl.gz").write_bytes(corpus_file.read_bytes()[:-20])
+    config = make_config(tmp_path / "c", train=[{"path": str(tmp_path / "x.jsonl.gz")}])
+    with pytest.raises(DataError, match="cannot be read") as caught:
+        prepare(config)
+    assert caught.value.where == str(tmp_path / "x.jsonl.gz")
+    assert not (tmp_path / "c").exists()

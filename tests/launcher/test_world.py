@@ -45,7 +45,8 @@ def test_alone_without_a_launcher() -> None:
 def test_who_hangs_when_it_is_to_stop_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     ended = threading.Event()
     monkeypatch.setattr(os, "_exit", lambda code: ended.set())
-    world = World.detect()
+    told: list[HangError] = []
+    world = World.detect(watchdog=Watchdog(lambda error, count: told.append(error)))
     world.setup(WorldConfig(save_seconds=1, threads=psutil.cpu_count() or 1))
     with world.watchdog:
         time.sleep(2)
@@ -55,6 +56,18 @@ def test_who_hangs_when_it_is_to_stop_is_not_waited_for(monkeypatch: pytest.Monk
         world.watchdog.touch("saving")
         assert not ended.wait(2)
         assert ended.wait(5)
+    assert told[0].cause.endswith("while saving") and "raise world.save_seconds" in told[0].fix
+
+
+def test_a_stop_never_makes_a_rank_wait_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended, told = threading.Event(), list[HangError]()
+    monkeypatch.setattr(os, "_exit", lambda code: ended.set())
+    watchdog = Watchdog(lambda error, count: told.append(error))
+    watchdog.limit = 0.5
+    watchdog.hurry(20)
+    with watchdog:
+        assert ended.wait(5)
+    assert "raise world.timeout_seconds" in told[0].fix
 
 
 def test_deepspeed_says_local_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,18 +183,3 @@ def test_a_command_is_as_old_as_the_torchrun_that_starts_its_ranks_again(
     assert parent is not None
     assert command_age() == pytest.approx(time.time() - parent.create_time(), abs=1)
     assert own == pytest.approx(time.time() - psutil.Process().create_time(), abs=1)
-
-
-def test_a_rank_that_is_ended_names_the_key_that_bounded_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(os, "_exit", lambda code: None)
-    told: list[HangError] = []
-    for seconds, key in ((None, "world.timeout_seconds"), (0.05, "world.save_seconds")):
-        watchdog = Watchdog(lambda error, count: told.append(error))
-        watchdog.limit = 0.3
-        if seconds:
-            watchdog.hurry(seconds)
-        with watchdog:
-            time.sleep(0.6)
-        assert key in (told[-1].fix or "")

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from shoal.configs.schema import ModelConfig, MoEConfig, OptimConfig, TrainConfig
 from shoal.data_pipeline.batch import IGNORE, PADDING_ROW, Batch
+from shoal.data_pipeline.loader import Loader
 from shoal.kernels.backend import Kernels
 from shoal.trainer.engine import Engine
 from shoal.trainer.model import Transformer
@@ -177,6 +180,43 @@ class Source:
         if self.befall:
             self.befall(step)
         batches = microbatches(step, self.rank, self.ranks)
+        self.rows[step] = [int(row) for batch in batches for row in batch.row_ids]
+        return batches
+
+
+class TokenRows:
+    """Shards as a loader sees them, made up: every token determines most of the next one."""
+
+    def __init__(self, count: int) -> None:
+        facts = {"rows": count, "context": CONTEXT, "eot_id": 0, "tokenizer_fingerprint": "none"}
+        self.manifest = SimpleNamespace(**facts)
+        self._tokens = torch.cat(
+            [torch.cat([x, t[:, -1:].clamp(min=0)], 1) for x, t in map(global_batch, range(count))]
+        ).numpy()[:count]
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def gather(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self._tokens[numbers], np.zeros((len(numbers), CONTEXT), dtype=np.int32)
+
+
+class LoaderSource(Source):
+    """The loader of real runs, over two streams, that remembers what it was asked for."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        super().__init__(rank, ranks)
+        self.loader = Loader(
+            [(TokenRows(13), 2.0), (TokenRows(7), 1.0)],  # type: ignore[list-item]
+            seed=3,
+            batch_rows=ROWS,
+            micro_batch_rows=1,
+            rank=rank,
+            num_ranks=ranks,
+        )
+
+    def microbatches(self, step: int) -> list[Batch]:
+        batches = self.loader.microbatches(step)
         self.rows[step] = [int(row) for batch in batches for row in batch.row_ids]
         return batches
 

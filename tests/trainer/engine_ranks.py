@@ -15,10 +15,8 @@ from functools import partial
 from itertools import chain
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from engine_models import (
@@ -27,11 +25,11 @@ from engine_models import (
     KERNELS,
     OPTIM,
     ROWS,
+    LoaderSource,
     Source,
     build,
     build_engine,
     count_tokens,
-    global_batch,
     microbatches,
     shape,
 )
@@ -39,15 +37,14 @@ from torch import Tensor
 
 from shoal.configs.errors import DataError, ShoalError
 from shoal.configs.schema import RunConfig
-from shoal.data_pipeline.batch import PADDING_ROW, Batch
-from shoal.data_pipeline.loader import Loader
+from shoal.data_pipeline.batch import PADDING_ROW
 from shoal.trainer import checkpoint, disks, loop, resumption, saver, segment, teamwork
 from shoal.trainer.anomaly import AnomalyDetector
 from shoal.trainer.disks import write_at
 from shoal.trainer.engine import Engine, start_process_group, stop_process_group
 from shoal.trainer.identity import check_same_on_ranks
 from shoal.trainer.optim import group_parameters, learning_rate
-from shoal.trainer.storage import sync
+from shoal.trainer.storage import write_pieces
 
 
 def train_plain(case: dict[str, Any]) -> dict[str, list[float]]:
@@ -206,43 +203,6 @@ def run_refused(case: dict[str, Any]) -> dict[str, Any]:
     return {"error": error, "untouched": untouched}
 
 
-class TokenRows:
-    """Shards as a loader sees them, made up: every token determines most of the next one."""
-
-    def __init__(self, count: int) -> None:
-        facts = {"rows": count, "context": CONTEXT, "eot_id": 0, "tokenizer_fingerprint": "none"}
-        self.manifest = SimpleNamespace(**facts)
-        self._tokens = torch.cat(
-            [torch.cat([x, t[:, -1:].clamp(min=0)], 1) for x, t in map(global_batch, range(count))]
-        ).numpy()[:count]
-
-    def __len__(self) -> int:
-        return len(self._tokens)
-
-    def gather(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self._tokens[numbers], np.zeros((len(numbers), CONTEXT), dtype=np.int32)
-
-
-class LoaderSource(Source):
-    """The loader of real runs, over two streams, that remembers what it was asked for."""
-
-    def __init__(self, rank: int, ranks: int) -> None:
-        super().__init__(rank, ranks)
-        self.loader = Loader(
-            [(TokenRows(13), 2.0), (TokenRows(7), 1.0)],  # type: ignore[list-item]
-            seed=3,
-            batch_rows=ROWS,
-            micro_batch_rows=1,
-            rank=rank,
-            num_ranks=ranks,
-        )
-
-    def microbatches(self, step: int) -> list[Batch]:
-        batches = self.loader.microbatches(step)
-        self.rows[step] = [int(row) for batch in batches for row in batch.row_ids]
-        return batches
-
-
 def gather_rows(source: Source) -> dict[int, list[int]]:
     """Return the keys of the rows that all ranks took of every step, in the order of ranks."""
     found: list[Any] = [None] * dist.get_world_size()
@@ -302,7 +262,7 @@ def run_loop(case: dict[str, Any], **more: Any) -> dict[str, Any]:
             weight[3] ^= 1 << case.get("bit", 20)
 
     if case.get("full", (None, 0))[0] == rank:
-        saver.sync = partial(refuse_to_write, case["full"][1])
+        saver.write_pieces = partial(refuse_to_write, case["full"][1])
     if case.get("refuse_part") == rank:
         disks.write_at = refuse_part
     befall = flip_bit if "flip" in case else None
@@ -324,7 +284,7 @@ def run_loop(case: dict[str, Any], **more: Any) -> dict[str, Any]:
         error = [type(raised).__name__, str(raised)]
     finally:
         engine.close()
-        saver.sync, disks.write_at = sync, write_at
+        saver.write_pieces, disks.write_at = write_pieces, write_at
     answer = {"error": error, "loss": loss, "rows": source.rows}
     return answer | ({"keys": gather_rows(source)} if "loader" in case else {})
 
@@ -333,10 +293,10 @@ def refuse_part(file: Path, first: int, chunk: Tensor) -> None:
     raise OSError(errno.ENOSPC, "No space left on device", str(file))
 
 
-def refuse_to_write(step: int, path: Path) -> None:
-    if checkpoint.checkpoint_name(step) in str(path):
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
-    sync(path)
+def refuse_to_write(step: int, file: Path, *rest: Any) -> str:
+    if checkpoint.checkpoint_name(step) in str(file):
+        raise OSError(errno.ENOSPC, "No space left on device", str(file))
+    return write_pieces(file, *rest)
 
 
 def run_teamwork(case: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Checkpoints on disks of the hosts' own: each rank has a folder that no other sees."""
+"""Checkpoints on disks of every host: each has its copies, and one that is lost is brought back."""
 
 import shutil
 import socket
@@ -7,13 +7,14 @@ from pathlib import Path
 
 import killed_savers
 import pytest
+import torch
 from loop_runs import curve, make_case, steps_on_disk
 
-from shoal.configs.errors import (
-    PreflightError,
-    StoppedOnRequest,
-)
-from shoal.trainer.checkpoint import verify_checkpoint
+from shoal.configs.errors import PreflightError, StoppedOnRequest
+from shoal.trainer import disks
+from shoal.trainer.checkpoint import Retention, verify_checkpoint
+from shoal.trainer.disks import OwnDisks
+from shoal.trainer.saver import Saver
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("process_group")]
 
@@ -137,3 +138,19 @@ def test_a_folder_that_is_not_shared_is_refused(ranks, tmp_path):
     assert f"rank 1 on {socket.gethostname()} does not see" in text
     assert "checkpoint.copies=every" in text
     assert not Path(disk(tmp_path, 1) / "metrics.jsonl").exists()
+
+
+def test_marks_of_killed_ranks_go(tmp_path):
+    (tmp_path / ".seen-0123-4").touch()
+    Saver(OwnDisks(tmp_path, every=True), Retention(1))
+    assert not list(tmp_path.glob(".seen-*"))
+
+
+def test_what_comes_from_other_hosts_is_forced_to_disk_on_its_way(tmp_path, monkeypatch):
+    forced = []
+    monkeypatch.setattr(disks, "SYNC_BYTES", 8)
+    monkeypatch.setattr(disks, "force", lambda stream: forced.append(stream.tell()))
+    for first in range(0, 18, 4):
+        size = min(4, 18 - first)
+        disks.write_at(tmp_path / "rank-00001.safetensors", first, torch.ones(size).byte())
+    assert forced == [8, 16]

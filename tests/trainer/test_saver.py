@@ -1,19 +1,22 @@
 """Writing aside of training: what is raised, and what is never published."""
 
 import errno
+import io
+import os
 import shutil
 import socket
 import threading
 import time
+from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import killed_savers
 import pytest
-import safetensors.torch
 import torch
 
 from shoal.configs.errors import PreflightError, ShoalError
-from shoal.trainer import saver
+from shoal.trainer import saver, storage
 from shoal.trainer.bucket import Bucket
 from shoal.trainer.checkpoint import (
     Retention,
@@ -36,13 +39,19 @@ def begin(writer, step, **more):
     return writer.begin(killed_savers.StateOnly(step), step, {"streams": []}, {"seed": 1}, **more)
 
 
+def hold_writing(monkeypatch):
+    """Let nothing be written before the event that is returned is set."""
+    go, write = threading.Event(), saver.write_pieces
+    monkeypatch.setattr(saver, "write_pieces", lambda *given: go.wait(30) and write(*given))
+    return go
+
+
 def steps(root):
     return [int(folder.name[5:]) for folder in list_checkpoints(root)]
 
 
 def test_training_waits_for_the_copy_alone(tmp_path, monkeypatch):
-    may_write, digest = threading.Event(), saver.digest
-    monkeypatch.setattr(saver, "digest", lambda *given: may_write.wait(30) and digest(*given))
+    may_write = hold_writing(monkeypatch)
     writer = make(tmp_path, 2)
     begin(writer, 1)
     assert steps(tmp_path) == [], "it is not there yet, and training goes on"
@@ -62,10 +71,7 @@ def test_what_changes_after_the_copy_is_not_saved(tmp_path, monkeypatch):
             for state in killed_savers.STATES:
                 yield "a", state, 0, self.held
 
-    go, save_file = threading.Event(), safetensors.torch.save_file
-    monkeypatch.setattr(
-        safetensors.torch, "save_file", lambda *given: go.wait(30) and save_file(*given)
-    )
+    go = hold_writing(monkeypatch)
     writer, engine = make(tmp_path, 2), Changing(1)
     writer.begin(engine, 1, {}, {})
     engine.held.fill_(7.0)
@@ -105,11 +111,11 @@ def test_an_attempt_that_was_taken_over_publishes_nothing(tmp_path, saves):
 
 
 def test_what_befalls_the_writer_reaches_training(tmp_path, monkeypatch):
-    def full(path):
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    def full(stream):
+        raise OSError(errno.ENOSPC, "No space left on device", stream.name)
 
     writer = make(tmp_path, 2)
-    monkeypatch.setattr(saver, "sync", full)
+    monkeypatch.setattr(storage, "force", full)
     begin(writer, 1)
     deadline = time.monotonic() + 30
     while (error := writer.find_trouble()) is None and time.monotonic() < deadline:
@@ -121,6 +127,44 @@ def test_what_befalls_the_writer_reaches_training(tmp_path, monkeypatch):
     begin(writer, 2)
     writer.finish()
     assert steps(tmp_path) == [2]
+
+
+@pytest.mark.parametrize("slow", ["write", "sync"])
+def test_a_slow_disk_is_told_from_one_that_hangs(tmp_path, monkeypatch, slow):
+    monkeypatch.setattr(storage, "CHUNK_BYTES", 32)
+    monkeypatch.setattr(storage, "SYNC_BYTES", 32 if slow == "sync" else 1 << 20)
+    calls, hung, told = [], [], []
+
+    def disk():
+        calls.append(time.monotonic())
+        time.sleep(0.05)
+        if len(calls) == 20:
+            hung.append(time.monotonic())
+            time.sleep(1)
+            hung.append(time.monotonic())
+
+    class SlowFile(io.FileIO):
+        def write(self, data):
+            disk()
+            return super().write(data)
+
+    def open_slowly(path, mode="r", *rest, **more):
+        own = path.suffix == ".safetensors" and mode == "wb"
+        return SlowFile(path, mode) if own else real_open(path, mode, *rest, **more)
+
+    real_open, fsync = Path.open, os.fsync
+    if slow == "write":
+        monkeypatch.setattr(Path, "open", open_slowly)
+    else:
+        monkeypatch.setattr(os, "fsync", lambda handle: disk() or fsync(handle))
+    writer = make(tmp_path, 2)
+    begin(writer, 1)
+    writer.finish(lambda doing: told.append(time.monotonic()))
+    moving = [calls[0], *(moment for moment in told if moment < hung[0]), hung[0]]
+    assert max(later - before for before, later in pairwise(moving)) < (hung[0] - calls[0]) / 2
+    assert sum(hung[0] < moment < hung[1] for moment in told) <= 1, "of what came just before"
+    assert steps(tmp_path) == [1]
+    assert verify_checkpoint(list_checkpoints(tmp_path)[0])
 
 
 def test_a_rank_that_does_not_write_is_named(tmp_path):
@@ -240,29 +284,3 @@ def test_room_is_looked_for_before_it_is_needed(tmp_path, monkeypatch, place):
     error = writer.find_shortage(engine)
     assert isinstance(error, PreflightError) and socket.gethostname() in error.cause
     assert error.where == str(tmp_path) and "free some space" in error.fix
-
-
-def test_a_file_that_grows_is_progress_and_one_that_does_not_is_none(tmp_path, monkeypatch):
-    """To write it is one call of the library, which may take long on a slow disk."""
-    go, save_file = threading.Event(), safetensors.torch.save_file
-
-    def write_slowly(tensors, file):
-        with file.open("wb") as stream:
-            for _ in range(5):
-                stream.write(b"x" * 100)
-                stream.flush()
-                time.sleep(0.3)
-        go.wait(30)
-        save_file(tensors, file)
-
-    monkeypatch.setattr(safetensors.torch, "save_file", write_slowly)
-    told = []
-    writer = make(tmp_path, 2)
-    begin(writer, 1)
-    begun = time.monotonic()
-    threading.Timer(5.0, go.set).start()
-    writer.finish(lambda doing: told.append(time.monotonic() - begun))
-    while_growing = [moment for moment in told if moment < 2.5]
-    assert len(while_growing) >= 4
-    assert not [moment for moment in told if 2.5 < moment < 4.5], "it stands still"
-    assert steps(tmp_path) == [1]

@@ -1,4 +1,4 @@
-"""Checkpoints elsewhere than in one shared folder: object storage, and disks of every host."""
+"""Checkpoints in object storage: what goes up is whole or not there, and comes down again."""
 
 import hashlib
 import json
@@ -56,9 +56,6 @@ def take(store):
 def objects(url):
     fs, base = fsspec.core.url_to_fs(url)
     return sorted(path.removeprefix(base).lstrip("/") for path in fs.find(base))
-
-
-# Object storage.
 
 
 def test_a_checkpoint_goes_up_and_comes_down(url, tmp_path):
@@ -308,12 +305,6 @@ def test_room_is_asked_for_where_it_is_needed(url, tmp_path):
     assert disks.needed_bytes(100, 10) == 10
 
 
-def test_marks_of_killed_ranks_go(tmp_path):
-    (tmp_path / ".seen-0123-4").touch()
-    Saver(OwnDisks(tmp_path, every=True), Retention(1))
-    assert not list(tmp_path.glob(".seen-*"))
-
-
 def test_a_stopped_run_is_exported_from_its_newest_checkpoint(url, tmp_path):
     root = tmp_path / "run" / "checkpoints"
     save(Saver(Bucket(url, root), Retention(2)), 5)
@@ -365,6 +356,3 @@ def test_ranks_without_a_common_disk_go_on_from_s3(ranks, tmp_path, s3):
     assert ranks(2).run({"a": whole})["a"]["error"] is None
     wanted = pytest.approx(curve(tmp_path / "whole"), abs=SUMMATION_ORDER)
     assert curve(tmp_path / "disk-0" / "run") == wanted
-
-
-# Disks of every host.
