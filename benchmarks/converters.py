@@ -26,8 +26,8 @@ def convert_documents(text: Path, tokenizer: Path, out: Path, context: int) -> i
     """
     import numpy as np
 
+    from shoal.data_pipeline.mds import import_streaming
     from shoal.data_pipeline.mixture import permute
-    from shoal.data_pipeline.shards import import_streaming
 
     backend, eot = _load_tokenizer(tokenizer)
     texts = [json.loads(line)["text"] for line in text.read_text(encoding="utf-8").splitlines()]
@@ -61,7 +61,7 @@ def read_mds(folder: Path) -> np.ndarray:
     """Return all rows of MDS shards, in order, without shared memory.  # (rows, context + 1)"""
     import numpy as np
 
-    from shoal.data_pipeline.shards import import_streaming
+    from shoal.data_pipeline.mds import import_streaming
 
     dataset = import_streaming().LocalDataset(local=str(folder))
     return np.stack([dataset[number]["tokens"] for number in range(len(dataset))])

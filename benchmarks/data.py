@@ -128,7 +128,7 @@ class StreamingPeer:
         self._train, self._scratch = train, folder / "streaming"
 
     def __enter__(self) -> StreamingPeer:
-        from shoal.data_pipeline.shards import import_streaming
+        from shoal.data_pipeline.mds import import_streaming
 
         self._scratch.mkdir(exist_ok=True)
         self._usual, tempfile.tempdir = tempfile.tempdir, str(self._scratch)
@@ -294,7 +294,7 @@ def measure_converter(corpus: Corpus, rounds: int) -> Claim:
     import numpy as np
 
     from benchmarks.converters import convert_documents, read_mds
-    from shoal.data_pipeline.shards import import_streaming
+    from shoal.data_pipeline.mds import import_streaming
 
     import_streaming()  # takes seconds, once
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from shoal.configs.corpus import PrepareConfig
+from shoal.data_pipeline.mds import token_type
 from shoal.data_pipeline.mixture import permute
 from shoal.data_pipeline.packing import Layout
 from shoal.data_pipeline.tokenizer import Tokenizer
-from shoal.data_pipeline.tokens import Split, chunk_files, save_array, token_type
+from shoal.data_pipeline.tokens import Split, chunk_files, save_array
 
 
 @dataclass(frozen=True)

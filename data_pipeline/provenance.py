@@ -24,9 +24,10 @@ from shoal.data_pipeline.manifest import (
     hash_file,
     hash_shards,
 )
+from shoal.data_pipeline.mds import token_type
 from shoal.data_pipeline.sources import EXAMPLES, list_files, resolve_path
 from shoal.data_pipeline.tokenizer import Tokenizer
-from shoal.data_pipeline.tokens import Read, Split, token_type
+from shoal.data_pipeline.tokens import Read, Split
 
 STATS = ".sources.json"
 

@@ -11,8 +11,6 @@ import fcntl
 import json
 import os
 import shutil
-import sys
-import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +34,7 @@ from shoal.data_pipeline.manifest import (
     token_counts,
     verify,
 )
+from shoal.data_pipeline.mds import import_streaming, token_type
 from shoal.data_pipeline.packing import find_targets
 from shoal.data_pipeline.provenance import (
     STATS,
@@ -56,7 +55,6 @@ from shoal.data_pipeline.tokens import (
     choose_texts,
     encode_corpus,
     save_array,
-    token_type,
     training_texts,
 )
 from shoal.data_pipeline.workers import Pool, choose_processes
@@ -344,16 +342,6 @@ def _write_mds(plan: ShardPlan, number: int, tokens: np.ndarray) -> dict[str, An
     written.rename(plan.folder / stored_file(entry)["basename"])
     shutil.rmtree(aside)
     return dict(entry)
-
-
-def import_streaming() -> types.ModuleType:
-    """Import mosaicml-streaming without its image and video parts, which need torchvision."""
-    for name in ("multimodal", "text", "vision"):
-        module = f"streaming.{name}"
-        sys.modules.setdefault(module, types.ModuleType(module))
-    import streaming
-
-    return streaming
 
 
 def _write_side_files(

@@ -19,6 +19,7 @@ import numpy as np
 
 from shoal.configs.corpus import PrepareConfig, SourceConfig
 from shoal.configs.errors import DataError
+from shoal.data_pipeline.mds import token_type
 from shoal.data_pipeline.sources import Document, DroppedLog, read_documents
 from shoal.data_pipeline.tokenizer import Tokenizer
 from shoal.data_pipeline.workers import Pool
@@ -208,11 +209,6 @@ def encode_chunk(tokenizer_folder: Path, texts: list[str], file: Path) -> int:
 def chunk_files(file: Path) -> tuple[Path, Path]:
     """Return the two files of a chunk; the second is written last."""
     return file.with_name(file.name + ".lengths.npy"), file.with_name(file.name + ".tokens.npy")
-
-
-def token_type(vocab_size: int) -> np.dtype:
-    """Return the smallest type that holds every id, little-endian."""
-    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
 def save_array(file: Path, array: np.ndarray) -> None:

@@ -15,10 +15,11 @@ import pytest
 from shoal.configs.errors import DataError
 from shoal.data_pipeline import tokens
 from shoal.data_pipeline.manifest import hash_file, read_manifest, verify
+from shoal.data_pipeline.mds import import_streaming
 from shoal.data_pipeline.packing import find_targets
 from shoal.data_pipeline.provenance import SourceHashes
 from shoal.data_pipeline.rows import Rows
-from shoal.data_pipeline.shards import import_streaming, prepare
+from shoal.data_pipeline.shards import prepare
 from shoal.data_pipeline.tokenizer import Tokenizer
 
 
