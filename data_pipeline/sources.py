@@ -10,15 +10,17 @@ import gzip
 import io
 import json
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from shoal.configs.corpus import SourceConfig
 from shoal.configs.errors import DataError
+from shoal.data_pipeline.documents import EXAMPLES, Document, DroppedLog
+
+__all__ = ["EXAMPLES", "Document", "DroppedLog", "SourceFile", "list_files", "read_documents"]
 
 SAMPLES = "{samples}"
 
@@ -26,43 +28,6 @@ _TEXT = (".txt", ".md", ".text")
 _LINES = (".jsonl", ".ndjson", ".json")
 _PACKED = {".gz": "gzip", ".zst": "zstd"}
 _FORMATS = {".parquet": "parquet", **dict.fromkeys(_LINES, "jsonl"), **dict.fromkeys(_TEXT, "text")}
-EXAMPLES = 20
-"""Broken records that messages and manifests show; the whole list is in dropped.jsonl."""
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text of a corpus."""
-
-    id: str
-    text: str
-    domain: str
-    source: str
-    """The `path` of its source, as configured."""
-
-
-@dataclass
-class DroppedLog:
-    """Records that were left out: how many for which reason, and the place of each."""
-
-    reasons: Counter[str] = field(default_factory=Counter)
-    places: list[tuple[str, str]] = field(default_factory=list)
-    """(file:line, reason) of each, in the order met."""
-
-    def add(self, place: str, reason: str) -> None:
-        """Note one record."""
-        self.reasons[reason] += 1
-        self.places.append((place, reason))
-
-    @property
-    def total(self) -> int:
-        """Records left out."""
-        return self.reasons.total()
-
-    @property
-    def examples(self) -> list[str]:
-        """The first few, one line each."""
-        return [f"{place}: {reason}" for place, reason in self.places[:EXAMPLES]]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,78 @@
+"""Documents on their way, in Arrow files: what one stage of preparing writes and the next reads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from shoal.data_pipeline.documents import Document
+
+_COLUMNS = ("id", "text", "domain", "source")
+_BATCH_DOCUMENTS = 512
+
+
+def write_documents(file: Path, documents: Iterable[Document]) -> None:
+    """Write documents in their order; the file is there whole or not at all."""
+    import pyarrow
+    import pyarrow.ipc
+
+    schema = pyarrow.schema([(name, pyarrow.large_string()) for name in _COLUMNS])
+    options = pyarrow.ipc.IpcWriteOptions(compression="lz4")
+    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    with aside.open("wb") as raw:
+        with pyarrow.ipc.new_file(raw, schema, options=options) as writer:
+            for batch in _in_batches(documents):
+                writer.write_batch(_to_arrow(batch, schema))
+        raw.flush()
+        os.fsync(raw.fileno())
+    aside.rename(file)
+
+
+def _in_batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    for document in documents:
+        batch.append(document)
+        if len(batch) == _BATCH_DOCUMENTS:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _to_arrow(batch: list[Document], schema: Any) -> Any:
+    import pyarrow
+
+    columns = [[getattr(document, name) for document in batch] for name in _COLUMNS]
+    arrays = [pyarrow.array(column, pyarrow.large_string()) for column in columns]
+    return pyarrow.record_batch(arrays, schema=schema)
+
+
+def read_documents(file: Path) -> Iterator[Document]:
+    """Yield the documents of a file, in order."""
+    import pyarrow.ipc
+
+    with pyarrow.ipc.open_file(str(file)) as reader:
+        for number in range(reader.num_record_batches):
+            rows = reader.get_batch(number).to_pydict()
+            for values in zip(*(rows[name] for name in _COLUMNS), strict=True):
+                yield Document(*values)
+
+
+def read_texts(file: Path, rows: Sequence[int]) -> list[str]:
+    """Return the texts of some documents of a file, by number, in the order asked for."""
+    import pyarrow.ipc
+
+    wanted = set(rows)
+    found: dict[int, str] = {}
+    first = 0
+    with pyarrow.ipc.open_file(str(file)) as reader:
+        for number in range(reader.num_record_batches):
+            batch = reader.get_batch(number)
+            here = [row for row in wanted if first <= row < first + batch.num_rows]
+            if here:
+                column = batch.column("text")
+                found.update((row, column[row - first].as_py()) for row in here)
+            first += batch.num_rows
+    return [found[row] for row in rows]
