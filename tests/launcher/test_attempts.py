@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
-import threading
-import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
+from attempt_jobs import Job, job, lost, save
 
 from shoal.configs.errors import (
     ConfigError,
@@ -23,67 +18,12 @@ from shoal.configs.errors import (
     ShoalError,
     StoppedOnRequest,
 )
-from shoal.configs.schema import DataConfig, RunConfig, Stream, TrainConfig, WorldConfig
-from shoal.launcher import supervision
-from shoal.launcher.check import check_before_start
-from shoal.launcher.commands import Way
-from shoal.launcher.endings import Interrupted, interrupted
-from shoal.launcher.fanout import AttemptEnd, CutOff, HostLostError
-from shoal.launcher.greeting import find_guards, find_reachable
-from shoal.launcher.hosts import Host
+from shoal.configs.schema import WorldConfig
+from shoal.launcher.fanout import HostLostError
 from shoal.trainer.aside import JOB_VARIABLE, REFUSED_VARIABLE, note_resumed, read_resumed
 from shoal.trainer.checkpoint import checkpoint_name
 
-
-class Job:
-    """Attempts that end as they are told."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, **world: Any) -> None:
-        self.config = RunConfig(
-            output=str(folder),
-            data=DataConfig(train=(Stream(path="x"),)),
-            train=TrainConfig(tokens=1),
-            world=WorldConfig(**world),
-        )
-        self.ends: list[tuple[Any, ...]] = []
-        self.hosts: list[list[str]] = []
-        self.answering: set[str] | None = None
-        self.before: Callable[[], object] = lambda: None
-        monkeypatch.setattr(supervision, "run_attempt", self._attempt)
-        monkeypatch.setattr(supervision, "find_reachable", self._find)
-        monkeypatch.setattr(supervision, "check_before_start", lambda *_: None)
-        monkeypatch.setattr(supervision, "find_guards", self._find_guards)
-        self.lost: list[list[str]] = []
-        self.guards: Callable[[float], dict[str, bool]] = lambda seconds: {}
-        self.asked: list[dict[str, int]] = []
-        self.called_off: list[int] = []
-
-    def run(self, *names: str) -> None:
-        supervision.supervise([Host(name, 1) for name in names], self.config)
-
-    def _attempt(self, hosts: Sequence[Host], *_: object) -> AttemptEnd:
-        self.before()
-        self.hosts.append([host.name for host in hosts])
-        return AttemptEnd(*self.ends.pop(0))
-
-    def _find_guards(
-        self, pids: dict[str, int], way: Way, seconds: float, called_off: Callable[[], bool]
-    ) -> dict[str, bool]:
-        self.asked.append(pids)
-        return self.guards(seconds)
-
-    def _find(self, hosts: Sequence[Host], *given: Any) -> list[Host]:
-        self.lost.append(sorted(given[-2]))
-        return [h for h in hosts if self.answering is None or h.name in self.answering]
-
-
-@pytest.fixture
-def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
-    return Job(tmp_path, monkeypatch, max_restarts=2)
-
-
-def lost(name: str) -> HostLostError:
-    return HostLostError("ssh ended (exit code 255)", where=name)
+__all__ = ["job"]
 
 
 def test_hosts_lost_one_after_the_other_are_progress(job: Job) -> None:
@@ -163,13 +103,6 @@ def test_who_alone_does_not_reach_the_first_host_is_left_out_and_not_all_others(
     job.ends = [(apart, {}, ["n2.invalid", "n3.invalid"])] * 2
     with pytest.raises(RetriesExhausted, match="the same failure twice"):
         job.run("n1.invalid", "n2.invalid", "n3.invalid")
-
-
-def save(job: Job, *steps: int) -> None:
-    for step in steps:
-        folder = Path(job.config.output) / job.config.name / f"checkpoints/step-{step:08d}"
-        folder.mkdir(parents=True)
-        (folder / "manifest.json").write_text("{}")
 
 
 def watch(job: Job, *resumed: int) -> list[str]:
@@ -305,138 +238,3 @@ def test_what_no_attempt_would_change_ends_the_job(kind: type[ShoalError], job: 
     job.ends = [(kind("so"), {})]
     with pytest.raises(kind, match="so"):
         job.run("n1.invalid", "n2.invalid")
-
-
-def cut(pid: int | None = 77, ago: float = 0) -> CutOff:
-    return CutOff(pid, time.monotonic() - ago)
-
-
-def test_what_is_cut_off_is_asked_for_before_the_next_attempt(job: Job) -> None:
-    answers = [{"n2.invalid": True, "n3.invalid": False}, {}, {"n2.invalid": False}]
-    job.guards = lambda seconds: answers.pop(0)
-    names = {name: cut() for name in ("n2.invalid", "n3.invalid")}
-    job.ends = [(lost("n2.invalid"), names), (None, {})]
-    job.run("n1.invalid", "n2.invalid", "n3.invalid")
-    assert job.asked == [{"n2.invalid": 77, "n3.invalid": 77}, *[{"n2.invalid": 77}] * 2]
-    assert job.lost == [[]]
-
-
-def test_who_is_cut_off_is_waited_for_from_its_last_word_on(
-    job: Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(supervision, "ASK_SECONDS", 0.5)
-    limits: list[float] = []
-
-    def hang(seconds: float) -> dict[str, bool]:
-        limits.append(seconds)
-        time.sleep(seconds)
-        return {"n3.invalid": False}
-
-    job.guards = hang
-    promised = supervision.SILENCE_SECONDS + job.config.world.save_seconds
-    promised += supervision.AGENT_SECONDS
-    ends = {"n2.invalid": cut(ago=promised), "n3.invalid": cut()}
-    job.ends = [(lost("n2.invalid"), ends), (None, {})]
-    begun = time.monotonic()
-    job.run("n1.invalid", "n2.invalid", "n3.invalid")
-    waited = time.monotonic() - begun
-    assert 1 < waited < 10, "so long ago that its ranks are gone, but for a margin"
-    assert max(limits) <= 0.5
-    assert job.lost == [["n2.invalid"]], "not to be waited for again"
-    # Who has never said a word may begin late: it is asked for nothing.
-    job.ends = [(lost("n2.invalid"), {"n2.invalid": cut(None, ago=promised + 1)}), (None, {})]
-    job.asked.clear()
-    job.run("n1.invalid", "n2.invalid", "n3.invalid")
-    assert (job.asked, job.lost[-1]) == ([], [])
-
-
-def test_a_request_between_attempts_is_heeded(job: Job) -> None:
-    job.ends = [(lost("n2.invalid"), {"n2.invalid": cut()})]
-    threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
-    with pytest.raises(Interrupted) as caught:
-        job.run("n1.invalid", "n2.invalid")
-    assert caught.value.exit_code == 128 + signal.SIGTERM
-
-
-def test_a_request_is_heeded_while_hosts_are_asked(
-    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "ssh").write_text(f"#!/bin/sh\necho $$ >> {tmp_path}/asked; exec sleep 60\n")
-    (tmp_path / "ssh").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(supervision, "check_before_start", check_before_start)
-
-    def stop_once_asked() -> None:
-        while not (tmp_path / "asked").exists():
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=stop_once_asked).start()
-    begun = time.monotonic()
-    with pytest.raises(Interrupted):
-        job.run("n1.invalid", "n2.invalid")
-    assert time.monotonic() - begun < 15, "it would have been 60"
-    for pid in (tmp_path / "asked").read_text().split():
-        assert not psutil.pid_exists(int(pid))
-    threads = [threading.Timer(1.0, job.called_off.append, [signal.SIGTERM])]
-    threads[0].start()
-    begun = time.monotonic()
-    assert find_guards({"n1.invalid": 7}, "ssh", 60, lambda: bool(job.called_off)) == {}
-    with pytest.raises(PreflightError, match="0 of 1 hosts answer"):
-        find_reachable([Host("n1.invalid", 1)], "ssh", 1, None, (), lambda: bool(job.called_off))
-    assert time.monotonic() - begun < 15
-
-
-def test_a_stop_that_saves_nothing_is_a_stop_where_there_is_a_checkpoint(job: Job) -> None:
-    job.ends = [(interrupted(signal.SIGUSR1), {})]
-    with pytest.raises(Interrupted) as caught:
-        job.run("n1.invalid")
-    assert caught.value.exit_code == 128 + signal.SIGUSR1
-    save(job, 40)
-    job.ends = [(interrupted(signal.SIGUSR1), {})]
-    with pytest.raises(StoppedOnRequest, match=r"SIGUSR1 .*; .*step-00000040 is the newest") as end:
-        job.run("n1.invalid")
-    assert end.value.exit_code == 5
-    hung = interrupted(signal.SIGUSR1)
-    hung.add_note("rank 1 stands still")
-    job.ends = [(hung, {})]
-    with pytest.raises(StoppedOnRequest) as end:
-        job.run("n1.invalid")
-    assert end.value.__notes__[0] == "rank 1 stands still"
-
-
-def test_guards_that_call_back_need_a_shared_folder(job: Job) -> None:
-    kept = job.config.checkpoint.model_copy(update={"copies": "every"})
-    job.config = job.config.model_copy(
-        update={"checkpoint": kept, "world": WorldConfig(launcher="pdsh")}
-    )
-    with pytest.raises(ConfigError, match="pdsh needs a run folder that all hosts share"):
-        job.run("n1.invalid", "n2.invalid")
-
-
-@pytest.mark.parametrize("copies", ["every", "first"])
-def test_where_disks_are_not_shared_the_command_is_given_on_one_that_keeps(
-    copies: str, job: Job
-) -> None:
-    kept = job.config.checkpoint.model_copy(update={"copies": copies})
-    job.config = job.config.model_copy(update={"checkpoint": kept})
-    with pytest.raises(ConfigError, match="this machine keeps none") as caught:
-        job.run("n1.invalid", "n2.invalid")
-    assert "give the command on n1.invalid" in (caught.value.fix or "")
-    if copies == "every":
-        job.ends = [(None, {})]
-        job.run("n1.invalid", "localhost")
-
-
-def test_a_signal_before_ranks_are_watched_reaches_them(
-    job: Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def launch(*_: object, caught: list[int], **__: object) -> None:
-        assert caught == []
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert caught == [signal.SIGTERM]
-        raise StoppedOnRequest("saved")
-
-    monkeypatch.setattr(supervision, "launch_ranks", launch)
-    with pytest.raises(StoppedOnRequest, match="saved"):
-        job.run("localhost")
