@@ -57,9 +57,11 @@ def plan_corpus(
     from shoal.launcher.tables import progress_bars
 
     loaded = load_config(PrepareConfig, config, overrides)
-    with tempfile.TemporaryDirectory(prefix="shoal-forecast-") as folder:
-        with progress_bars() as progress:
-            probe = probe_corpus(loaded, Path(folder), progress)
+    with (
+        tempfile.TemporaryDirectory(prefix="shoal-forecast-") as folder,
+        progress_bars() as progress,
+    ):
+        probe = probe_corpus(loaded, Path(folder), progress)
     count = processes or choose_processes(loaded.processes, probe.disk_bytes)
     forecast = forecast_corpus(loaded, probe, count)
     fed = forecast_feed(forecast, probe, feed)
