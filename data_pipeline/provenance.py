@@ -11,6 +11,8 @@ from typing import Any, Literal, cast
 
 from shoal.configs.corpus import PrepareConfig, SourceConfig
 from shoal.configs.errors import DataError
+from shoal.data_pipeline.files import hash_file as hash_contents
+from shoal.data_pipeline.files import is_url
 from shoal.data_pipeline.layout import ShardPlan, open_layout
 from shoal.data_pipeline.manifest import (
     COUNTS,
@@ -25,8 +27,7 @@ from shoal.data_pipeline.manifest import (
     hash_shards,
 )
 from shoal.data_pipeline.mds import token_type
-from shoal.data_pipeline.pieces import Read
-from shoal.data_pipeline.sources import EXAMPLES, list_files, resolve_path
+from shoal.data_pipeline.sources import EXAMPLES, SourceFile, list_files, resolve_path
 from shoal.data_pipeline.tokenizer import Tokenizer
 from shoal.data_pipeline.tokens import Split
 
@@ -50,21 +51,19 @@ class SourceHashes:
     def hash_source(self, source: SourceConfig) -> tuple[str, int, int]:
         """Return the hash over names and contents of a source's files, their number and size."""
         total = hashlib.sha256()
-        files = list_files(source)
+        found = list_files(source)
         size = 0
-        for file in files:
-            total.update(f"{file.name}\n{self._hash_file(file.path)}\n".encode())
-            size += file.path.stat().st_size
-        return total.hexdigest(), len(files), size
+        for file in found:
+            total.update(f"{file.name}\n{self._hash_file(file)}\n".encode())
+            size += file.bytes
+        return total.hexdigest(), len(found), size
 
-    def _hash_file(self, path: Path) -> str:
-        stat = path.stat()
-        facts = [stat.st_size, stat.st_mtime_ns]
-        name = str(path.resolve())
-        if self._known.get(name, [])[:-1] != facts:
-            self._known[name] = [*facts, hash_file(path)]
+    def _hash_file(self, file: SourceFile) -> str:
+        name = file.path if is_url(file.path) else str(Path(file.path).resolve())
+        if not file.stamp or self._known.get(name, [])[:-1] != [file.stamp]:
+            self._known[name] = [file.stamp, hash_contents(file.path)]
         self._seen[name] = self._known[name]
-        return str(self._known[name][2])
+        return str(self._known[name][1])
 
     def save(self, file: Path) -> None:
         """Remember what was hashed."""

@@ -225,7 +225,7 @@ def test_nothing_there(name, tmp_path):
     assert caught.value.exit_code == 3
 
 
-@pytest.mark.parametrize("name", ["x.csv", "x.csv.gz", "README"])
+@pytest.mark.parametrize("name", ["x.xml", "x.xml.gz", "README"])
 def test_unknown_format(name, tmp_path):
     (tmp_path / name).write_text("a,b\n")
     with pytest.raises(DataError, match="unknown format") as caught:
