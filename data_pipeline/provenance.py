@@ -29,12 +29,12 @@ from shoal.data_pipeline.manifest import (
 from shoal.data_pipeline.mds import token_type
 from shoal.data_pipeline.sources import EXAMPLES, SourceFile, list_files, resolve_path
 from shoal.data_pipeline.tokenizer import Tokenizer
-from shoal.data_pipeline.tokens import Read, Split
+from shoal.data_pipeline.tokens import Split
 
 STATS = ".sources.json"
 
-_FORMAT = 1  # raise it when the same corpus and config would give other bytes
-_CHANGES_NOTHING = {"name", "output", "processes", "max_dropped_share"}
+_FORMAT = 2  # raise it when the same corpus and config would give other bytes
+_CHANGES_NOTHING = {"name", "output", "processes", "executor", "max_dropped_share"}
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "encoder.json",
     "vocab.bpe",
@@ -153,12 +153,11 @@ def make_manifest(
     """
     shards = tuple(_shard_facts(entry) for entry in entries)
     beside = folder.parent / TOKENIZER
-    domains = sum((read.domains for read in split.sources), Counter[str]())
     return Manifest(
         prepare_key=origin.key,
         rows=plan.rows,
         tokens=open_layout(plan).tokens,
-        text_bytes=sum(read.bytes for read in split.sources),
+        text_bytes=split.bytes,
         documents=split.documents,
         context=plan.context,
         tokenizer_fingerprint=tokenizer.fingerprint,
@@ -170,7 +169,7 @@ def make_manifest(
         config=settled_config(config),
         sources=tuple(_source_facts(read, origin.hashes) for read in split.sources),
         dropped=_dropped_facts(split),
-        domains=dict(sorted(domains.items())),
+        domains=dict(sorted(split.domains.items())),
         shards=shards,
         files={name: hash_file(folder / name) for name in (COUNTS, DROPPED, INDEX)},
         shards_hash=hash_shards([shard.raw_sha256 for shard in shards]),

@@ -60,6 +60,26 @@ def read_documents(file: Path) -> Iterator[Document]:
                 yield Document(*values)
 
 
+def read_columns(file: Path, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """Yield some columns of a file, a pyarrow array each, some hundreds of documents at a time."""
+    import pyarrow.ipc
+
+    with pyarrow.ipc.open_file(str(file)) as reader:
+        for number in range(reader.num_record_batches):
+            batch = reader.get_batch(number)
+            yield tuple(batch.column(name) for name in names)
+
+
+def write_whole(file: Path, data: str | bytes) -> None:
+    """Write a small file, durably; it is there whole or not at all."""
+    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    with aside.open("wb") as stream:
+        stream.write(data.encode() if isinstance(data, str) else data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    aside.rename(file)
+
+
 def read_texts(file: Path, rows: Sequence[int]) -> list[str]:
     """Return the texts of some documents of a file, by number, in the order asked for."""
     import pyarrow.ipc
