@@ -43,6 +43,8 @@ class Teller:
         self._what = f"{stage.name} (bytes)" if isinstance(stage, WeighedStage) else stage.name
         self._total = sum(map(self._weigh, range(stage.tasks)))
         self._done = self._total - sum(map(self._weigh, todo))
+        if todo:
+            progress(self._what, self._done, self._total)
 
     def __call__(self, task: int) -> None:
         """Say that a task is done."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from shoal.configs.corpus import PrepareConfig, SourceConfig
 from shoal.configs.errors import DataError
 from shoal.data_pipeline.documents import Document, DroppedLog
+from shoal.data_pipeline.formats import find_packing
 from shoal.data_pipeline.manifest import Manifest
 from shoal.data_pipeline.parts import Part, list_parts, read_part
 
@@ -109,11 +110,11 @@ def _write_sample(
 def _sample_source(
     source: SourceConfig, parts: list[Part], quota: int, write: Callable[[str], object]
 ) -> tuple[SourceSize, int]:
-    """Take about `quota` bytes of text from parts spread evenly over a source."""
+    """Take about `quota` bytes of text from parts spread evenly over a source; count them."""
     chosen = [parts[i * len(parts) // _PARTS] for i in range(_PARTS)]
     chosen = list(dict.fromkeys(chosen))
     each = -(-quota // len(chosen))
-    text = disk = 0.0
+    text = disk = taken = 0
     whole = len(chosen) == len(parts)
     for part in chosen:
         documents = read_part(source, part, DroppedLog())
@@ -126,6 +127,7 @@ def _sample_source(
             size = len(document.text.encode())
             if of_part < each:
                 lines.append(_to_line(document))
+                taken += size
             of_part += size
         write("".join(lines))
         text += of_part
@@ -135,7 +137,7 @@ def _sample_source(
     expected = round(of_source * text / disk) if disk else 0
     if source.max_bytes is not None:
         expected = min(expected, source.max_bytes)
-    return SourceSize(source.path, of_source, expected, whole), round(min(text, quota))
+    return SourceSize(source.path, of_source, expected, whole), taken
 
 
 def _to_line(document: Document) -> str:
@@ -146,7 +148,8 @@ def _to_line(document: Document) -> str:
 def _estimate_disk(part: Part, lines: list[str]) -> int:
     """Return what the documents read take on disk where their part was not read to its end."""
     data = "".join(lines).encode()
-    packed = str(part).endswith((".gz", ".zst", ".parquet")) or ".gz" in str(part)
+    files = [stretch.file for stretch in part.stretches]
+    packed = any(find_packing(file.name) or file.format == "parquet" for file in files)
     return len(gzip.compress(data, 6)) if packed else len(data)
 
 
@@ -166,8 +169,11 @@ def _sample_config(config: PrepareConfig, folder: Path) -> PrepareConfig:
 
 
 def _prepare_sample(config: PrepareConfig, clock: _StageClock) -> None:
+    from shoal.data_pipeline.mds import import_streaming
     from shoal.data_pipeline.shards import prepare
 
+    import_streaming()  # takes seconds, once: not what a shard takes
+    clock.start()
     prepare(config, clock)
 
 
@@ -180,10 +186,15 @@ class _StageClock:
         self._label: str | None = None
         self._since = time.perf_counter()
 
+    def start(self) -> None:
+        """Count from now on."""
+        self._since = time.perf_counter()
+
     def __call__(self, what: str, done: int, total: int | None) -> None:
-        if what != self._label:
+        label = what.removesuffix(" (bytes)")
+        if label != self._label:
             self._book()
-            self._label = what
+            self._label = label
         self._progress(what, done, total)
 
     def _book(self) -> None:

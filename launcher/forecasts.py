@@ -62,12 +62,12 @@ def plan_corpus(
         progress_bars() as progress,
     ):
         probe = probe_corpus(loaded, Path(folder), progress)
-    count = processes or choose_processes(loaded.processes, probe.disk_bytes)
-    forecast = forecast_corpus(loaded, probe, count)
+    tasks = processes or choose_processes(loaded.processes, probe.disk_bytes)
+    forecast = forecast_corpus(loaded, probe, tasks)
     fed = forecast_feed(forecast, probe, feed)
     return [
         _sources_table(probe),
-        _corpus_table(loaded, forecast, count),
+        _corpus_table(loaded, forecast, tasks),
         _feed_table(feed, fed),
         _assumptions_table(loaded, probe),
     ]
@@ -98,7 +98,7 @@ def _corpus_table(config: PrepareConfig, forecast: Forecast, processes: int) -> 
         f"rows of {config.context}": forecast.rows,
         "shards": format_bytes(forecast.shard_bytes),
         "disk beside them meanwhile": format_bytes(forecast.work_bytes),
-        f"time, {processes} tasks at once": format_seconds(forecast.seconds),
+        f"time, {count(processes, 'process', 'processes')}": format_seconds(forecast.seconds),
     }
     for stage in forecast.stages:
         if stage.seconds >= 0.01 * forecast.seconds:
@@ -123,7 +123,7 @@ def _feed_table(feed: Feed, fed: FeedForecast) -> Table:
         facts["downloaded by a host"] = format_bytes(fed.download_bytes)
         facts["cache that keeps it"] = format_bytes(fed.cache_bytes)
     facts["GPUs wait"] = verdict
-    return facts_table(f"to feed {feed.gpus} GPUs on {feed.hosts} hosts", facts)
+    return facts_table(f"to feed {count(feed.gpus, 'GPU')} on {count(feed.hosts, 'host')}", facts)
 
 
 def _assumptions_table(config: PrepareConfig, probe: Probe) -> Table:
@@ -139,6 +139,11 @@ def _assumptions_table(config: PrepareConfig, probe: Probe) -> Table:
     if config.clean and (config.clean.near_duplicates or config.clean.exact_duplicates):
         facts["duplicates"] = "of the sample alone: a whole corpus has more, so less will be kept"
     return facts_table("assumed", facts)
+
+
+def count(number: int, noun: str, plural: str | None = None) -> str:
+    """Return a number with its noun: 1 GPU, 8 GPUs."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
 def format_seconds(seconds: float) -> str:
