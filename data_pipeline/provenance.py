@@ -27,6 +27,7 @@ from shoal.data_pipeline.manifest import (
     hash_shards,
 )
 from shoal.data_pipeline.mds import token_type
+from shoal.data_pipeline.pieces import Read
 from shoal.data_pipeline.sources import EXAMPLES, SourceFile, list_files, resolve_path
 from shoal.data_pipeline.tokenizer import Tokenizer
 from shoal.data_pipeline.tokens import Split

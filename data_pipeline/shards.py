@@ -17,7 +17,7 @@ import numpy as np
 
 from shoal.configs.corpus import PrepareConfig
 from shoal.data_pipeline.excerpt import choose_texts
-from shoal.data_pipeline.executors import run_locally
+from shoal.data_pipeline.executors import open_executor
 from shoal.data_pipeline.layout import ShardPlan, open_layout, open_tokens, plan_split
 from shoal.data_pipeline.manifest import (
     COUNTS,
@@ -100,11 +100,11 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Prepared
     with hold_lock(output, report), name_output(output):
         built = not is_done(config, output, key)
         if built:
-            work = output.parent / f".partial-{output.name}-{key[:16]}"
+            work = output.absolute().parent / f".partial-{output.name}-{key[:16]}"
             remove_stale(output, work)
             work.mkdir(exist_ok=True)
             processes = choose_processes(config.processes, corpus_bytes(config, hashes))
-            with run_locally(processes, report) as run:
+            with open_executor(config.executor, processes, work / "logs", report) as run:
                 _build(config, Origin(key, hashes), work, run, report)
             hashes.save(work / STATS)
             publish(work, output)
@@ -122,7 +122,7 @@ def _build(config: PrepareConfig, origin: Origin, work: Path, run: Run, progress
         return
     if config.tokenizer.path is not None:  # a bad one is found before anything is read
         _save_tokenizer(_load_given(config.tokenizer.path), work / TOKENIZER)
-    reading = read_sources(config, work / "read", run)
+    reading = read_sources(config, corpus_bytes(config, origin.hashes), work / "read", run)
     if config.tokenizer.path is None:
         _train_tokenizer(config, reading, work, run, progress)
     splits = encode_pieces(reading, work / TOKENIZER, work, run)

@@ -26,7 +26,7 @@ from shoal.data_pipeline.pieces import (
 )
 from shoal.data_pipeline.sources import read_documents
 from shoal.data_pipeline.stages import Run
-from shoal.data_pipeline.store import read_columns, write_whole
+from shoal.data_pipeline.store import name_aside, read_columns, write_whole
 from shoal.data_pipeline.tokenizer import Tokenizer
 
 
@@ -153,7 +153,7 @@ def chunk_files(file: Path) -> tuple[Path, Path]:
 def save_array(file: Path, array: np.ndarray) -> None:
     """Write an array so that the file is either absent or whole."""
     array = np.ascontiguousarray(array)  # the header tells the order of what is written
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    aside = name_aside(file)
     with aside.open("wb") as stream:
         # Not np.save: on a full disk its error has no number that tells so.
         np.lib.format.write_array_header_1_0(
