@@ -90,11 +90,22 @@ def _find_local(given: Path) -> Found:
     if given.is_file():
         kind, base, paths = "file", given.parent, [given]
     elif given.is_dir():
-        kind, base, paths = "folder", given, list(given.rglob("*"))
+        kind, base, paths = "folder", given, list(_walk(given))
     else:
         base, paths = _glob_local(given)
     files = [_local_facts(p, p.relative_to(base).as_posix()) for p in paths if p.is_file()]
     return Found(kind, tuple(files))
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yield every file below a folder; one that may not be looked into is not passed over."""
+
+    def refuse(error: OSError) -> None:
+        fix = "give yourself the right to read it, or name the files by a glob"
+        raise DataError(f"cannot be read: {error}", where=error.filename, fix=fix)
+
+    for above, _, names in os.walk(folder, onerror=refuse):
+        yield from (Path(above, name) for name in names)
 
 
 def _glob_local(pattern: Path) -> tuple[Path, list[Path]]:
