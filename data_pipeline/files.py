@@ -90,11 +90,22 @@ def _find_local(given: Path) -> Found:
     if given.is_file():
         kind, base, paths = "file", given.parent, [given]
     elif given.is_dir():
-        kind, base, paths = "folder", given, list(given.rglob("*"))
+        kind, base, paths = "folder", given, list(_walk(given))
     else:
         base, paths = _glob_local(given)
     files = [_local_facts(p, p.relative_to(base).as_posix()) for p in paths if p.is_file()]
     return Found(kind, tuple(files))
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yield every file below a folder; one that may not be looked into is not passed over."""
+
+    def refuse(error: OSError) -> None:
+        fix = "give yourself the right to read it, or name the files by a glob"
+        raise DataError(f"cannot be read: {error}", where=error.filename, fix=fix)
+
+    for above, _, names in os.walk(folder, onerror=refuse):
+        yield from (Path(above, name) for name in names)
 
 
 def _glob_local(pattern: Path) -> tuple[Path, list[Path]]:
@@ -127,7 +138,7 @@ def _find_remote(url: str) -> Found:
             kind, base = "glob", path[: wild.start()].rpartition("/")[0]
             found = fs.glob(path, detail=True)
         files = [
-            _remote_facts(fs, name, name.removeprefix(base).lstrip("/"), one)
+            _remote_facts(_as_url(fs, url, name), name.removeprefix(base).lstrip("/"), one)
             for name, one in found.items()
             if one["type"] == "file" and not name.endswith("/")  # that marks an empty folder
         ]
@@ -142,8 +153,16 @@ def _look_up(fs: Any, path: str) -> dict[str, Any] | None:
         return None
 
 
-def _remote_facts(fs: Any, path: str, name: str, facts: dict[str, Any]) -> FileFacts:
-    url = str(fs.unstrip_protocol(path))
+def _as_url(fs: Any, given: str, path: str) -> str:
+    """Return the URL of what a driver calls `path`, in the words of a URL given beside it."""
+    top, place = "/".join(given.split("/")[:3]), given.split("/")[2]
+    first, _, rest = path.lstrip("/").partition("/")
+    if place.split("@")[0] == first:  # abfs names its account behind the @, drivers do not
+        return f"{top}/{rest}"
+    return str(fs.unstrip_protocol(path))
+
+
+def _remote_facts(url: str, name: str, facts: dict[str, Any]) -> FileFacts:
     size = facts.get("size")
     if size is None:
         raise DataError("its server does not tell its size", where=url, fix="download it first")
@@ -163,7 +182,7 @@ def stat(path: str | Path) -> FileFacts:
             fs, inside = reach(str(path))
             facts = _look_up(fs, inside)
             if facts is not None and facts["type"] == "file":
-                found = [_remote_facts(fs, inside, inside.rpartition("/")[2], facts)]
+                found = [_remote_facts(str(path), inside.rpartition("/")[2], facts)]
     elif local_path(path).is_file():
         found = [_local_facts(local_path(path), local_path(path).name)]
     if not found:

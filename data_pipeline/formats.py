@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pydantic_core import from_json
+
 from shoal.configs.corpus import SourceConfig
 from shoal.configs.errors import DataError
 from shoal.data_pipeline.documents import DroppedLog
@@ -119,7 +121,7 @@ def _read_jsonl(stretch: Stretch, dropped: DroppedLog) -> Iterator[Record]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line.decode("utf-8"))
+            record = _parse_json(line)
         except UnicodeDecodeError:
             dropped.add(place, "not UTF-8")
             continue
@@ -130,6 +132,18 @@ def _read_jsonl(stretch: Stretch, dropped: DroppedLog) -> Iterator[Record]:
             yield place, record
         else:
             dropped.add(place, "not a JSON object")
+
+
+def _parse_json(line: bytes) -> Any:
+    """Return the value of a line: by pydantic's parser, which takes half the time of `json`.
+
+    What it refuses is given to `json`, which tells bad UTF-8 from bad JSON and takes lone
+    surrogates, so that the reason of a drop says what is wrong.
+    """
+    try:
+        return from_json(line)
+    except ValueError:
+        return json.loads(line.decode("utf-8"))
 
 
 def _cut_lines(stretch: Stretch) -> Iterator[bytes]:
