@@ -33,7 +33,7 @@ from shoal.data_pipeline.manifest import (
 )
 from shoal.data_pipeline.mds import import_streaming, token_type
 from shoal.data_pipeline.packing import find_targets
-from shoal.data_pipeline.pieces import TRAIN, VALIDATION, Reading, read_sources
+from shoal.data_pipeline.pieces import Reading, read_sources
 from shoal.data_pipeline.provenance import (
     STATS,
     Origin,
@@ -49,8 +49,10 @@ from shoal.data_pipeline.publishing import (
     is_done,
     locate,
     name_output,
+    output_folder,
     publish,
     remove_stale,
+    split_names,
     sync_folder,
 )
 from shoal.data_pipeline.rows import Rows, check_alike
@@ -91,7 +93,7 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Prepared
         OSError: the disk is full; names `output`. What is done is kept.
     """
     report = progress or _silent
-    output = Path(config.output)
+    output = output_folder(config)
     hashes = SourceHashes(output / STATS)
     key = prepare_key(config, hashes)
     if is_done(config, output, key):
@@ -107,7 +109,7 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Prepared
             with open_executor(config.executor, processes, work / "logs", report) as run:
                 _build(config, Origin(key, hashes), work, run, report)
             hashes.save(work / STATS)
-            publish(work, output)
+            publish(config, work, output, report)
     return locate(config, output, built)
 
 
@@ -117,8 +119,7 @@ def _silent(what: str, done: int, total: int | None) -> None:
 
 def _build(config: PrepareConfig, origin: Origin, work: Path, run: Run, progress: Progress) -> None:
     """Make what is missing of tokenizer and splits in the folder aside."""
-    names = [TRAIN, VALIDATION] if config.validation or config.validation_share else [TRAIN]
-    if all((work / name / MANIFEST).is_file() for name in names):
+    if all((work / name / MANIFEST).is_file() for name in split_names(config)):
         return
     if config.tokenizer.path is not None:  # a bad one is found before anything is read
         _save_tokenizer(_load_given(config.tokenizer.path), work / TOKENIZER)
