@@ -18,9 +18,9 @@ from shoal.data_pipeline.manifest import (
     TOKENIZER,
     check_tokenizer,
     read_manifest,
-    verify,
 )
 from shoal.data_pipeline.pieces import TRAIN, VALIDATION
+from shoal.data_pipeline.proof import verify
 from shoal.data_pipeline.provenance import STATS, settled_config
 from shoal.data_pipeline.receipts import fetch_receipt, receipt_folder, send_corpus
 from shoal.data_pipeline.stages import Progress
