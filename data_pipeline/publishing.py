@@ -130,7 +130,7 @@ def name_output(output: Path) -> Iterator[None]:
 def remove_stale(output: Path, work: Path) -> None:
     """Remove unfinished work on other versions of this output."""
     for folder in output.parent.glob(f".partial-{output.name}-" + "[0-9a-f]" * 16):
-        if folder != work:
+        if folder.name != work.name:
             shutil.rmtree(folder)
 
 
