@@ -119,7 +119,7 @@ def take_rows(
             rows = reader.take(numbers[low : low + shard_rows])
             counts += count_targets(rows, manifest.vocab_size)
             padding += int((manifest.context + overlap - rows["length"].astype(np.int64)).sum())
-            documents += count_documents(rows, manifest.packing.separator == "end_of_text")
+            documents += count_documents(rows, manifest.packing.separator, overlap)
             entry = write_mds(aside, len(shards), rows, manifest.compression)
             shards.append(shard_facts(entry))
         for name in (DROPPED, REMOVED):
@@ -150,17 +150,18 @@ def shard_facts(entry: dict[str, Any]) -> ShardFacts:
     )
 
 
-def count_documents(rows: np.ndarray, leads: bool) -> int:
-    """Return how many documents have their last token for a target of these rows.
+def count_documents(rows: np.ndarray, separator: str, overlap: int) -> int:
+    """Return how many documents end in these rows, each once.
 
     Args:
         rows: (rows,) of `mds.row_type`.
-        leads: Whether an end-of-text token stands before each document, and so before padding.
+        separator: `end_of_text` stands before each document, and so before padding as well.
+        overlap: Tokens that a row shares with the one before it.
     """
     width = rows["tokens"].shape[1]
-    ends = np.unpackbits(rows["ends"], axis=1)[:, 1:width]
-    padded = int(np.count_nonzero(rows["length"] < width))
-    return int(np.count_nonzero(ends)) - (padded if leads else 0)
+    ends = np.unpackbits(rows["ends"], axis=1)[:, overlap:width]
+    padded = np.count_nonzero(rows["length"] < width - 1)
+    return int(np.count_nonzero(ends)) - (int(padded) if separator == "end_of_text" else 0)
 
 
 class _RawRows:

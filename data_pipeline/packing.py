@@ -194,8 +194,9 @@ class Layout:
         places = np.minimum(offsets[:, None] + columns, len(stream) - 1)
         text = columns < lengths[:, None]
         rows["tokens"] = np.where(text, stream[places], stream.dtype.type(self.form.eot))
-        # Padding begins a segment of its own, wherever the text before it stops.
-        stops = (columns == lengths[:, None] - 1) & (lengths < width)[:, None]
+        # Padding that is an input begins a segment of its own, wherever the text before it stops.
+        padded = lengths < self.form.context
+        stops = (columns == lengths[:, None] - 1) & padded[:, None]
         rows["ends"] = np.packbits((text & ends[places]) | stops, axis=1)
 
 
