@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from shoal.configs.corpus import CleanConfig
-from shoal.data_pipeline.decontamination import Index
+from shoal.data_pipeline.decontamination import Index, Matcher
 from shoal.data_pipeline.documents import Document, Removal
 from shoal.data_pipeline.filters import Filter, Text, build_filters
+from shoal.data_pipeline.ngrams import Lexicon
 from shoal.data_pipeline.normalization import Normalizer
 from shoal.data_pipeline.scrubbing import Scrubber
 
@@ -24,7 +25,8 @@ class Cleaner:
     normalizer: Normalizer | None
     scrubber: Scrubber | None
     filters: list[Filter]
-    index: Index | None
+    matcher: Matcher | None
+    lexicon: Lexicon
     counts: Counter[str] = field(default_factory=Counter)
     """What was changed in the documents that were kept: texts normalised, marks put, lines
     removed."""
@@ -36,17 +38,20 @@ class Cleaner:
         Raises:
             DataError: an evaluation set is missing, damaged, or holds no text long enough.
         """
+        lexicon = Lexicon()
+        index = Index.build(config.decontaminate) if config.decontaminate else None
         return cls(
             Normalizer(config.normalize) if config.normalize else None,
             Scrubber(config.scrub) if config.scrub else None,
             build_filters(config.filters) if config.filters else [],
-            Index.build(config.decontaminate) if config.decontaminate else None,
+            Matcher(index, lexicon) if index else None,
+            lexicon,
         )
 
     def clean(self, document: Document) -> Document | Removal:
         """Return the document with its text changed, or why it is removed."""
         changes: Counter[str] = Counter()
-        text = Text(document.text)
+        text = Text(document.text, self.lexicon)
         if self.normalizer is not None:
             text.replace(self.normalizer.normalize(document.text))
             changes["normalize: texts"] += text.text != document.text
@@ -58,7 +63,7 @@ class Cleaner:
             verdict = judge.judge(text, changes)
             if verdict is not None:
                 return _remove(document, f"{judge.name}: {verdict.rule}", verdict.match)
-        if self.index is not None and (hit := self.index.find(text.text)) is not None:
+        if self.matcher is not None and (hit := self.matcher.find(text.words)) is not None:
             return _remove(document, "decontamination", str(hit))
         self.counts.update(+changes)
         return replace(document, text=text.text)

@@ -9,12 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.configs.corpus import DecontaminationConfig
 from shoal.configs.errors import DataError
 from shoal.data_pipeline.ngrams import (
+    Column,
+    Lexicon,
+    Words,
     find_known,
     find_words,
     hash_ngrams,
@@ -122,9 +126,16 @@ class Index:
 
     def find(self, text: str) -> Hit | None:
         """Return the first sequence of a text that occurs in an evaluation text, or None."""
+        return self.find_numbers(self.number(find_words(text)))
+
+    def number(self, words: list[str]) -> np.ndarray:
+        """Return the number of each word, 0 for those of no evaluation text, int32 (words,)."""
+        return number_words(words, self._vocabulary)
+
+    def find_numbers(self, words: np.ndarray) -> Hit | None:
+        """Do what `find` does for a text whose words are numbered."""
         import numpy as np
 
-        words = number_words(find_words(text), self._vocabulary)
         starts = find_known(words, self.size)
         hashes = hash_ngrams(words, starts, self.size, self._values)
         shift = np.uint64(64 - (len(self._table) - 1).bit_length())
@@ -147,6 +158,54 @@ class Index:
         words = self._words[start : start + self.size].tolist()
         place = self._places[int(np.searchsorted(self._borders, start))]
         return Hit(place, " ".join(names[word - 1] for word in words))
+
+
+class Matcher:
+    """Finds what `Index.find` finds, in texts read by a lexicon, several times as fast.
+
+    A word between blanks is taken apart once for all texts that hold it.
+    """
+
+    def __init__(self, index: Index, lexicon: Lexicon) -> None:
+        self.index = index
+        self._lexicon = lexicon
+        self._begin()
+
+    def _begin(self) -> None:
+        import numpy as np
+
+        self._generation = self._lexicon.generation
+        self._known = 0
+        self._numbers = Column(np.int32)
+        """Numbers in the index of what the words of the lexicon consist of, one after the other."""
+        self._firsts, self._counts = Column(np.int64), Column(np.int64)
+        """Where those of a word begin, and how many there are."""
+
+    def find(self, words: Words) -> Hit | None:
+        """Return the first sequence that occurs in an evaluation text, or None."""
+        import numpy as np
+
+        self._keep_up()
+        counts = self._counts.values[words.ids]
+        ends = np.cumsum(counts)
+        shifts = np.repeat(self._firsts.values[words.ids] - ends + counts, counts)
+        return self.index.find_numbers(self._numbers.values[shifts + np.arange(len(shifts))])
+
+    def _keep_up(self) -> None:
+        """Take apart the words that are new in the lexicon."""
+        import numpy as np
+
+        if self._generation != self._lexicon.generation:
+            self._begin()
+        new = self._lexicon.words[self._known :]
+        if not new:
+            return
+        parts = [find_words(word) for word in new]
+        counts = np.fromiter(map(len, parts), np.int64, len(parts))
+        self._firsts.extend(np.cumsum(counts) - counts + len(self._numbers.values))
+        self._counts.extend(counts)
+        self._numbers.extend(self.index.number(list(chain.from_iterable(parts))))
+        self._known += len(new)
 
 
 def _read_records(path: str) -> Iterator[tuple[str, Any]]:

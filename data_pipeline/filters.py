@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,9 +18,8 @@ from shoal.configs.corpus import (
     GopherQualityConfig,
     GopherRepetitionConfig,
 )
-from shoal.data_pipeline.ngrams import Repeats, Words
+from shoal.data_pipeline.ngrams import LETTERED, SPOKEN, STOP_TRAITS, Lexicon, Repeats, Words
 
-STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
 BULLETS = ("•", "-")
 ELLIPSES = ("...", "…")
 SENTENCE_MARKS = tuple(".?!。．｡！？︒﹒﹗⁇⁈⁉‼⸮؟۔।॥։።፧፨។៕၊။܀܁܂᠃᠉‽")
@@ -47,16 +45,17 @@ class Verdict:
 class Text:
     """A text on its way through the filters; what several of them need is worked out once."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, lexicon: Lexicon | None = None) -> None:
         self.text = text
+        self._lexicon = Lexicon() if lexicon is None else lexicon
         self._words: Words | None = None
         self._lines: list[str] | None = None
 
     @property
     def words(self) -> Words:
         """Its words, split at blanks."""
-        if self._words is None:
-            self._words = Words(self.text)
+        if self._words is None or self._words.generation != self._lexicon.generation:
+            self._words = self._lexicon.read(self.text)
         return self._words
 
     @property
@@ -123,31 +122,23 @@ class GopherQuality:
         import numpy as np
 
         config = self.config
-        lettered = np.fromiter(map(str.isalpha, words.vocabulary), bool, len(words.vocabulary))
-        spoken = lettered.copy()  # with a letter or a digit; what has none is no word
-        for number in np.flatnonzero(~lettered).tolist():
-            word = words.vocabulary[number]
-            lettered[number] = any(map(str.isalpha, word))
-            spoken[number] = lettered[number] or any(map(str.isalnum, word))
-        counts = words.occurrences * spoken
-        count = int(counts.sum())
-        length = _share(int(counts @ words.lengths), count)
-        alphabetic = _share(int(words.occurrences @ lettered), words.count)
+        spoken = (words.traits & SPOKEN) > 0
+        count = int(np.count_nonzero(spoken))
+        length = _share(int(words.lengths @ spoken), count)
+        lettered = int(np.count_nonzero(words.traits & LETTERED))
+        stops = int(np.bitwise_or.reduce(words.traits)) & STOP_TRAITS
         return (
             _below("too few words", count, config.min_words)
             or _above("too many words", count, config.max_words)
             or _below("words too short", length, config.min_mean_word_length)
             or _above("words too long", length, config.max_mean_word_length)
-            or _below("too few words with letters", alphabetic, config.min_alphabetic_words)
-            or _below("too few stop words", self._count_stop_words(words), config.min_stop_words)
+            or _below(
+                "too few words with letters",
+                _share(lettered, words.count),
+                config.min_alphabetic_words,
+            )
+            or _below("too few stop words", stops.bit_count(), config.min_stop_words)
         )
-
-    def _count_stop_words(self, words: Words) -> int:
-        """Count the different ones; capitals are looked at only where it takes more."""
-        found = STOP_WORDS.intersection(words.vocabulary)
-        if len(found) < self.config.min_stop_words:
-            found = STOP_WORDS.intersection(word.lower() for word in words.vocabulary)
-        return len(found)
 
     def _judge_marks(self, text: Text) -> Verdict | None:
         limit, count = self.config.max_symbol_word_ratio, text.words.count
@@ -213,20 +204,24 @@ class GopherRepetition:
 
     def _judge_ngrams(self, text: Text) -> Verdict | None:
         top, duplicate = self.config.max_top_ngrams, self.config.max_duplicate_ngrams
-        words, size = text.words, len(text.text)
-        for repeats in words.find_repeats(max((*top, *duplicate), default=0)):
-            if not len(repeats.starts):
-                return None  # longer ones cannot occur twice either
-            verdict = None
-            if repeats.size in top:
-                value = _share(measure_top(words, repeats), size)
-                verdict = _above(f"top {repeats.size}-gram", value, top[repeats.size])
-            if verdict is None and repeats.size in duplicate:
-                limit = duplicate[repeats.size]
-                value = _share(measure_duplicates(words, repeats, limit * size), size)
-                verdict = _above(f"duplicate {repeats.size}-grams", value, limit)
-            if verdict:
-                return verdict
+        words, characters = text.words, len(text.text)
+        sizes, longest_top = (*top, *duplicate), max(top, default=0)
+        for repeats in words.find_repeats(min(sizes, default=1), max(sizes, default=0)):
+            size = repeats.size
+            if size in top:
+                value = _share(measure_top(words, repeats), characters)
+                if verdict := _above(f"top {size}-gram", value, top[size]):
+                    return verdict
+            if size not in duplicate and size < longest_top:
+                continue
+            bound = _share(bound_duplicates(words, repeats), characters)
+            if size in duplicate and bound > duplicate[size]:
+                value = _share(measure_duplicates(words, repeats), characters)
+                if verdict := _above(f"duplicate {size}-grams", value, duplicate[size]):
+                    return verdict
+            later = [limit for longer, limit in duplicate.items() if longer > size]
+            if size >= longest_top and bound <= min(later, default=1):
+                return None
         return None
 
 
@@ -243,40 +238,38 @@ def measure_top(words: Words, repeats: Repeats) -> int:
     return length * most
 
 
-def measure_duplicates(words: Words, repeats: Repeats, enough: float) -> int:
-    """Return the characters in sequences that occurred before, none counted twice.
+def bound_duplicates(words: Words, repeats: Repeats) -> int:
+    """Return the characters within all sequences that occurred before: more cannot be duplicates.
 
-    The text is read from its start; a sequence met before is counted and stepped over whole.
-
-    Args:
-        words: Of the text.
-        repeats: Its repeated sequences.
-        enough: Where all that could count is no more than this, that is returned instead: it
-            decides the same, without reading along.
+    Nor can more be duplicates of longer sequences, since those consist of these.
     """
     import numpy as np
 
     if not len(repeats.starts):
         return 0
     first = np.empty(len(repeats.counts), np.int64)
-    first[repeats.kinds[::-1]] = repeats.starts[::-1]  # the last assignment counts
+    first[repeats.kinds[::-1]] = repeats.starts[::-1]  # of several values the last one counts
     again = repeats.starts[repeats.starts != first[repeats.kinds]]
     begins, ends = words.offsets[again], words.offsets[again + repeats.size]
-    bound = int(np.minimum(ends[:-1] - begins[:-1], np.diff(begins)).sum() + ends[-1] - begins[-1])
-    return bound if bound <= enough else sum(_walk(words, repeats))
+    return int(np.minimum(ends[:-1], begins[1:]).sum() - begins[:-1].sum() + ends[-1] - begins[-1])
 
 
-def _walk(words: Words, repeats: Repeats) -> Iterator[int]:
+def measure_duplicates(words: Words, repeats: Repeats) -> int:
+    """Return the characters in sequences that occurred before, none counted twice.
+
+    The text is read from its start; a sequence met before is counted and stepped over whole.
+    """
     seen: set[int] = set()
-    free = 0
+    free = characters = 0
     for start, kind in zip(repeats.starts.tolist(), repeats.kinds.tolist(), strict=True):
         if start < free:
             continue
         if kind in seen:
             free = start + repeats.size
-            yield int(words.offsets[free] - words.offsets[start])
+            characters += int(words.offsets[free] - words.offsets[start])
         else:
             seen.add(kind)
+    return characters
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,17 @@ if TYPE_CHECKING:
     import numpy as np
 
 _WORD = re.compile(r"[0-9]+(?:[.,][0-9]+)+|[^\W_]+")
+STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
+LETTERED = 1
+"""Trait of a word: it has a letter."""
+SPOKEN = 2
+"""Trait of a word: it has a letter or a digit; what has neither is a mark, no word."""
+STOP_TRAITS = 0xFF << 8
+"""Traits of stop words, in any case: a bit for each."""
+_STOP_TRAITS = {word: 1 << 8 + number for number, word in enumerate(STOP_WORDS)}
+LEXICON_WORDS = 1 << 18
+"""Words after which a lexicon begins anew: some 40 MB."""
+
 _MULTIPLIER = 0x9E3779B97F4A7C15  # odd, so that a power of it never vanishes modulo 2^64
 
 
@@ -78,65 +89,146 @@ class Repeats:
     """How often each kind occurs; those that occur once are not in `starts`, int64 (kinds,)."""
 
 
-class Words:
-    """The words of a text, split at blanks, and what the filters ask of them."""
+class Column:
+    """A numpy array that grows at its end."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, dtype: type) -> None:
+        import numpy as np
+
+        self._data: np.ndarray = np.empty(1024, dtype)
+        self._size = 0
+
+    def extend(self, values: np.ndarray) -> None:
+        """Put values at the end."""
+        import numpy as np
+
+        size = self._size + len(values)
+        if size > len(self._data):
+            self._data = np.concatenate([self._data, np.empty(size, self._data.dtype)])
+        self._data[self._size : size] = values
+        self._size = size
+
+    @property
+    def values(self) -> np.ndarray:
+        """What is in it, (size,)."""
+        return self._data[: self._size]
+
+
+class Lexicon(dict[str, int]):
+    """The number of every word met, and what is known of it; bounded, for it begins anew when full.
+
+    Texts repeat words, so what is worked out for a word serves many texts. Numbers depend on what
+    was read before: results may use whether they are equal, never which they are.
+    """
+
+    def __init__(self, capacity: int = LEXICON_WORDS) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self.generation = 0
+        """How often it began anew: numbers of different generations have nothing in common."""
+        self._begin()
+
+    def _begin(self) -> None:
+        import numpy as np
+
+        self.clear()
+        self.words: list[str] = []
+        """The words by their numbers."""
+        self._lengths, self._traits = Column(np.int64), Column(np.uint16)
+
+    def __missing__(self, word: str) -> int:
+        number = self[word] = len(self.words)
+        self.words.append(word)
+        return number
+
+    def read(self, text: str) -> Words:
+        """Return the words of a text, split at blanks."""
         import numpy as np
 
         words = text.split()
-        self.count = len(words)
-        self.vocabulary: list[str] = list(dict.fromkeys(words))
-        numbers = dict(zip(self.vocabulary, range(len(self.vocabulary)), strict=True))
-        self.ids: np.ndarray = np.fromiter(
-            map(numbers.__getitem__, words), np.int64, len(words)
-        )  # (words,)
+        if len(self) > self.capacity:
+            self.generation += 1
+            self._begin()
+        known = len(self.words)
+        ids: np.ndarray = np.fromiter(map(self.__getitem__, words), np.int64, len(words))
+        if len(self.words) > known:
+            self._describe(self.words[known:])
+        lengths, traits = self._lengths.values[ids], self._traits.values[ids]
+        return Words(self, self.generation, ids, lengths, traits)
 
-    @cached_property
-    def occurrences(self) -> np.ndarray:
-        """How often each word of the vocabulary occurs, int64 (vocabulary,)."""
+    def _describe(self, words: list[str]) -> None:
+        """Enter what is known of new words."""
         import numpy as np
 
-        return np.bincount(self.ids, minlength=len(self.vocabulary))
+        self._lengths.extend(np.fromiter(map(len, words), np.int64, len(words)))
+        lettered = np.fromiter(map(str.isalpha, words), bool, len(words))
+        spoken = lettered.copy()
+        for number in np.flatnonzero(~lettered).tolist():
+            word = words[number]
+            lettered[number] = any(map(str.isalpha, word))
+            spoken[number] = lettered[number] or any(map(str.isalnum, word))
+        stops = np.fromiter(
+            map(_STOP_TRAITS.get, map(str.lower, words), repeat(0)), np.uint16, len(words)
+        )
+        self._traits.extend(lettered * np.uint16(LETTERED) | spoken * np.uint16(SPOKEN) | stops)
 
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """Characters of each word of the vocabulary, int64 (vocabulary,)."""
-        import numpy as np
 
-        return np.fromiter(map(len, self.vocabulary), np.int64, len(self.vocabulary))
+@dataclass(frozen=True)
+class Words:
+    """The words of a text, and what the filters ask of them."""
+
+    lexicon: Lexicon
+    generation: int
+    """Of the lexicon: later ones give other numbers."""
+    ids: np.ndarray
+    """Number of each word, int64 (words,)."""
+    lengths: np.ndarray
+    """Characters of each, int64 (words,)."""
+    traits: np.ndarray
+    """Bits: LETTERED, SPOKEN, and one of STOP_TRAITS for each stop word, uint16 (words,)."""
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self.ids)
 
     @cached_property
     def offsets(self) -> np.ndarray:
-        """Characters before each word and after the last, blanks not counted, int64 (words + 1,)."""
+        """Characters before each word and after the last, without blanks, int64 (words + 1,)."""
         import numpy as np
 
         offsets = np.zeros(self.count + 1, np.int64)
-        np.cumsum(self.lengths[self.ids], out=offsets[1:])
+        np.cumsum(self.lengths, out=offsets[1:])
         return offsets
 
-    def find_repeats(self, longest: int) -> Iterator[Repeats]:
-        """Yield the repeated sequences of 2, 3, ... `longest` words.
+    def find_repeats(self, shortest: int, longest: int) -> Iterator[Repeats]:
+        """Yield the repeated sequences of `shortest` to `longest` words, one size after the other.
 
-        A sequence is repeated only if the one without its last word is, so each length looks at
+        A sequence is repeated only if the one without its last word is, so each size looks at
         what the one before left, a small part of most texts. Numbers of sequences come from
         sorting pairs (the sequence without its last word, that word): they are exact, no hashes.
         """
         import numpy as np
 
-        starts = np.flatnonzero(self.occurrences[self.ids] > 1)
-        kinds = self.ids[starts]
-        for size in range(2, longest + 1):
+        radix = len(self.lexicon.words)
+        starts: np.ndarray = np.arange(self.count)
+        kinds = self.ids
+        for size in range(1, longest + 1):
+            if size == 1 < shortest:
+                continue  # most words are repeated: to look for the others is of no use
             inside = int(np.searchsorted(starts, self.count - size, side="right"))
             starts, kinds = starts[:inside], kinds[:inside]
-            kinds, counts = _number(kinds * len(self.vocabulary) + self.ids[starts + size - 1])
+            if size > 1:
+                kinds = kinds * radix + self.ids[starts + size - 1]
+            kinds, counts = _number(kinds)
             repeated = counts[kinds] > 1
             starts, kinds = starts[repeated], kinds[repeated]
-            yield Repeats(size, starts, kinds, counts)
+            if size >= shortest:
+                yield Repeats(size, starts, kinds, counts)
 
 
 def _number(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each key the rank of its value among the different ones, and the counts of those.
+    """Return for each key the rank of its value, and how often each value occurs.
 
     Like `numpy.unique` with inverse and counts, at a third of its price for short arrays.
     """
