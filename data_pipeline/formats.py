@@ -14,13 +14,16 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from pydantic_core import from_json
 
 from shoal.configs.corpus import SourceConfig
 from shoal.configs.errors import DataError
 from shoal.data_pipeline.documents import DroppedLog
-from shoal.data_pipeline.files import BUFFER_BYTES, open_file
+from shoal.data_pipeline.files import BUFFER_BYTES, is_url, open_file
 
 KNOWN = ".jsonl, .ndjson, .json, .parquet, .csv, .tsv, .txt or .md files (.gz and .zst too)"
 
@@ -119,7 +122,7 @@ def _read_jsonl(stretch: Stretch, dropped: DroppedLog) -> Iterator[Record]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line.decode("utf-8"))
+            record = _parse_json(line)
         except UnicodeDecodeError:
             dropped.add(place, "not UTF-8")
             continue
@@ -130,6 +133,18 @@ def _read_jsonl(stretch: Stretch, dropped: DroppedLog) -> Iterator[Record]:
             yield place, record
         else:
             dropped.add(place, "not a JSON object")
+
+
+def _parse_json(line: bytes) -> Any:
+    """Return the value of a line: by pydantic's parser, which takes half the time of `json`.
+
+    What it refuses is given to `json`, which tells bad UTF-8 from bad JSON and takes lone
+    surrogates, so that the reason of a drop says what is wrong.
+    """
+    try:
+        return from_json(line)
+    except ValueError:
+        return json.loads(line.decode("utf-8"))
 
 
 def _cut_lines(stretch: Stretch) -> Iterator[bytes]:
@@ -194,9 +209,9 @@ def _read_parquet(stretch: Stretch, source: SourceConfig, dropped: DroppedLog) -
             _check_columns(known, source, file.path)
             columns = [key for key in dict.fromkeys(keys) if key in known]
             last = table.num_row_groups if stretch.last is None else stretch.last
-            groups = list(range(stretch.first, last))
+            batches = (table.iter_batches(256, [i], columns) for i in range(stretch.first, last))
             number = stretch.first_line - 1
-            for batch in table.iter_batches(256, groups, columns):
+            for batch in chain.from_iterable(batches):  # all at once would be fetched ahead at once
                 for record in _to_records(batch):
                     number += 1
                     place = f"{file.name}:{number}"
@@ -217,7 +232,9 @@ def open_parquet(path: str) -> Iterator[Any]:
     """
     import pyarrow.parquet
 
-    with open_file(path) as raw, pyarrow.parquet.ParquetFile(raw) as table:
+    # Fetched ahead, a row group costs memory but no second request; a disk needs neither.
+    settings = {"pre_buffer": is_url(path), "buffer_size": BUFFER_BYTES}
+    with open_file(path) as raw, pyarrow.parquet.ParquetFile(raw, **settings) as table:
         yield table
 
 

@@ -26,8 +26,9 @@ SPLITS = (VALIDATION, TRAIN)
 out, or training would see it."""
 
 MIN_PIECE_BYTES, MAX_PIECE_BYTES = 1_000_000, 16_000_000
-PIECES = 64
-"""Pieces that a small corpus is cut into, so that every process has some."""
+MIN_PART_BYTES, MAX_PART_BYTES = 2_000_000, 64_000_000
+SHARES = 64
+"""Parts and pieces that a small corpus is cut into, so that every process has some."""
 
 
 @dataclass(frozen=True)
@@ -204,15 +205,24 @@ class Reading:
     """Of the held-out documents first."""
 
 
-def read_sources(config: PrepareConfig, folder: Path, run: Run) -> Reading:
+def read_sources(
+    config: PrepareConfig, corpus_bytes: int | None, folder: Path, run: Run
+) -> Reading:
     """Read every document into pieces under `folder`.
+
+    Args:
+        config: Sources and splits.
+        corpus_bytes: Size of the sources on disk, which decides into how many they are cut;
+            None where that is unknown.
+        folder: Receives the pieces.
+        run: Does the tasks.
 
     Raises:
         DataError: nothing to read, or more broken records than `max_dropped_share`.
     """
-    portions = tuple(_list_portions(config))
-    total = sum(portion.part.bytes for portion in portions)
-    size = min(MAX_PIECE_BYTES, max(MIN_PIECE_BYTES, total // PIECES))
+    share = MAX_PART_BYTES if corpus_bytes is None else corpus_bytes // SHARES
+    portions = tuple(_list_portions(config, _clip(share, MIN_PART_BYTES, MAX_PART_BYTES)))
+    size = _clip(share, MIN_PIECE_BYTES, MAX_PIECE_BYTES)
     stage = ReadParts(folder, portions, config.validation_share, size)
     folder.mkdir(exist_ok=True)
     run(stage)
@@ -222,11 +232,15 @@ def read_sources(config: PrepareConfig, folder: Path, run: Run) -> Reading:
     return reading
 
 
-def _list_portions(config: PrepareConfig) -> Iterator[Portion]:
+def _clip(size: int, low: int, high: int) -> int:
+    return max(low, min(size, high))
+
+
+def _list_portions(config: PrepareConfig, part_bytes: int) -> Iterator[Portion]:
     named = [(TRAIN, source) for source in config.train]
     named += [(VALIDATION, source) for source in config.validation]
     for number, (split, source) in enumerate(named):
-        for part in list_parts(source, number):
+        for part in list_parts(source, number, part_bytes):
             yield Portion(split, source, number, part)
 
 

@@ -7,14 +7,13 @@ all, or a corpus that holds nothing, stops everything.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from shoal.configs.corpus import SourceConfig
 from shoal.configs.errors import DataError
 from shoal.data_pipeline.documents import EXAMPLES, Document, DroppedLog
-from shoal.data_pipeline.files import FileFacts, find_files, is_url, local_path, redact
+from shoal.data_pipeline.files import FileFacts, find_files, is_changed, is_url, local_path, redact
 from shoal.data_pipeline.formats import (
     KNOWN,
     Record,
@@ -128,36 +127,36 @@ def read_stretches(
     Raises:
         DataError: a file is missing or cannot be read at all.
     """
-    if source.format == "datasets":
-        found = _take(_read_datasets(source), source.path, source, dropped)
-    else:
-        found = chain.from_iterable(
-            _take(
-                read_records(stretch, source, dropped),
-                "" if stretch.file.format == "text" else stretch.file.name,
-                source,
-                dropped,
-            )
-            for stretch in stretches
-        )
     size = 0
-    for file, document in found:
-        if source.max_bytes is not None:
-            size += len(document.text.encode())
-            if size > source.max_bytes:
-                return
-        dropped.taken[file] += 1
-        yield document
+    for file, records in _open_stretches(source, stretches, dropped):
+        for place, record in records:
+            document = _make_document(place, record, source, dropped)
+            if document is None:
+                continue
+            if source.max_bytes is not None:
+                size += len(document.text.encode())
+                if size > source.max_bytes:
+                    return
+            dropped.taken[file] += 1
+            yield document
 
 
-def _take(
-    records: Iterable[Record], file: str, source: SourceConfig, dropped: DroppedLog
-) -> Iterator[tuple[str, Document]]:
-    """Yield the documents that records hold, each with the file it is counted under."""
-    for place, record in records:
-        document = _make_document(place, record, source, dropped)
-        if document is not None:
-            yield file, document
+def _open_stretches(
+    source: SourceConfig, stretches: Iterable[Stretch], dropped: DroppedLog
+) -> Iterator[tuple[str, Iterator[Record]]]:
+    """Yield the records of each stretch, and the name they are counted under."""
+    if source.format == "datasets":
+        yield source.path, _read_datasets(source)
+        return
+    for stretch in stretches:
+        name = "" if stretch.file.format == "text" else stretch.file.name
+        yield name, read_records(stretch, source, dropped)
+        if is_changed(stretch.file.path, stretch.file.stamp):
+            raise DataError(
+                "was changed while the corpus was read",
+                where=stretch.file.path,
+                fix="run the same command again when nothing writes to it",
+            )
 
 
 def _make_document(
@@ -177,7 +176,8 @@ def _make_document(
         label = source.domain
     try:
         for part in (text, name, label):
-            part.encode()
+            if not part.isascii():
+                part.encode()
     except UnicodeEncodeError:
         dropped.add(place, "not Unicode text: lone surrogates")
         return None
