@@ -1,10 +1,6 @@
-"""Documents to rows of fixed length; pure numpy.
+"""Rows as models take them: the tokens of packed rows, which document each is of, what it predicts.
 
-The stream is `eot d1 d2 ... eot e1 e2 ... eot`: every document starts with the end-of-text token,
-which is also the target that ends the document before it. A row holds context + 1 tokens and
-shares its last one with the next row, so that every token of the corpus is a target exactly once.
-The last row is filled up with end-of-text tokens. No document is empty, so end-of-text after
-end-of-text occurs in that filling alone and is how it is recognised.
+The form of a stored row is `mds.row_type`; which document lies where in which row is `layout`.
 """
 
 from __future__ import annotations
@@ -14,8 +10,83 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shoal.data_pipeline.mds import row_type
+
 IGNORE = -100
 """Target of a position that is not scored."""
+
+_LANES = np.uint64(0x0101010101010101)
+"""One in each byte: a word times this holds in byte i the sum of the word's bytes 0 to i."""
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """Rows by number.
+
+    `targets` may share memory with `tokens`: change neither in place.
+    """
+
+    tokens: np.ndarray  # (n, context + 1) int64; the last is a target only
+    segments: np.ndarray  # (n, context) int32, document of each input, counted within the row
+    targets: np.ndarray  # (n, context) int64, IGNORE where nothing is to be predicted
+
+
+def decode_rows(raw: np.ndarray, context: int, dtype: np.dtype) -> RowBatch:
+    """Take stored rows apart.
+
+    Input i has a target where token i + 1 is text, not padding. Padding is a segment of its own.
+
+    Args:
+        raw: Rows as `mds.row_type` lays them out.  # (n, bytes of a row) uint8
+        context: Tokens a row gives to the model.
+        dtype: Stored type of a token.
+    """
+    row = row_type(context, dtype)
+    fields = np.ascontiguousarray(raw).view(row)[:, 0]
+    tokens = fields["tokens"].astype(np.int64)
+    targets = tokens[:, 1:]
+    lengths = fields["length"]
+    padded = np.flatnonzero(lengths <= context)
+    if padded.size:
+        targets = targets.copy()
+        places = np.arange(1, context + 1, dtype=np.uint32)
+        ignored = places >= lengths[padded, None]
+        targets[padded] = np.where(ignored, IGNORE, targets[padded])
+    return RowBatch(tokens, count_segments(fields["ends"], context), targets)
+
+
+def count_segments(ends: np.ndarray, context: int) -> np.ndarray:
+    """Return how many documents of its row ended before each input token.
+
+    Args:
+        ends: A bit for each token, set at the last one of a document.  # (n, bytes) uint8, packed
+        context: Inputs of a row.
+
+    Returns:
+        (n, context) int32.
+    """
+    rows, width = len(ends), ends.shape[1]
+    words = -(-width // 8)
+    packed = np.zeros((rows, 8 * words), dtype=np.uint8)
+    packed[:, :width] = ends
+    bits = np.unpackbits(packed).reshape(rows, -1)
+    segments = np.empty((rows, context), dtype=np.int32)
+    segments[:, 0] = 0
+    counts = np.bitwise_count(packed)
+    many = counts.sum(axis=1, dtype=np.int64) > np.iinfo(np.uint8).max
+    # Sums of eight bytes at a time: numpy's cumsum alone would take longer than reading the rows.
+    sums = counts.view(np.uint64) * _LANES
+    whole = (sums >> np.uint64(56)).cumsum(axis=1, dtype=np.uint64)
+    sums[:, 1:] += (whole[:, :-1] & np.uint64(255)) * _LANES
+    before = (sums.view(np.uint8) - counts).reshape(rows, -1)
+    lanes = bits.view(np.uint64)
+    lanes *= _LANES
+    lanes += before * _LANES
+    segments[:, 1:] = bits[:, : context - 1]
+    if many.any():
+        exact = np.unpackbits(packed[many], axis=1)[:, : context - 1]
+        segments[many, 1:] = np.cumsum(exact, axis=1, dtype=np.int32)
+    return segments
 
 
 @dataclass(frozen=True)
