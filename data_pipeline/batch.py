@@ -20,13 +20,14 @@ class Batch:
     """Rows of one forward pass.
 
     A padded row (`row_ids` = -1) makes the ranks' batches equal in shape; all its targets are
-    IGNORE, so it weighs nothing.
+    IGNORE, so it weighs nothing. Tensors may share memory: none is changed in place.
     """
 
     inputs: Tensor  # (rows, context) int64
     targets: Tensor  # (rows, context) int64, IGNORE where nothing is to be predicted
     segments: Tensor  # (rows, context) int32, document of each token, counted within the row
     row_ids: Tensor  # (rows,) int64, global row number
+    streams: Tensor | None = None  # (rows,) int64, number of the stream, -1 of a padded row
 
     @property
     def real_tokens(self) -> int:
@@ -34,7 +35,7 @@ class Batch:
         return int((self.targets != IGNORE).sum())
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return the batch on `device`; row numbers stay on the CPU, where they are read."""
+        """Return the batch on `device`; numbers of rows and streams stay on the CPU."""
         return replace(
             self,
             inputs=self.inputs.to(device, non_blocking=True),
