@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -9,6 +10,12 @@ from pydantic import Field, model_validator
 from shoal.configs.section import Count, Section
 
 Weight = Annotated[float, Field(ge=0)]
+_URL = re.compile(r"[a-z][a-z0-9+-]*:/")
+
+
+def is_url(where: object) -> bool:
+    """Whether shards are named by a URL, and so downloaded."""
+    return isinstance(where, str) and bool(_URL.match(where))
 
 
 class Stream(Section):
@@ -42,6 +49,13 @@ class Stream(Section):
     def is_counted(self) -> bool:
         """Whether the run takes a given number of its rows, whatever the other streams."""
         return self.repeat is not None or self.choose is not None
+
+    @property
+    def measure(self) -> float | str:
+        """How much of it is read, as a checkpoint remembers it: the weight, or the other word."""
+        if self.repeat is not None:
+            return f"repeat {self.repeat:g}"
+        return self.share if self.choose is None else f"choose {self.choose}"
 
     @property
     def share(self) -> float:
@@ -78,12 +92,16 @@ class DataConfig(Section):
     cache: str | None = Field(
         None, description="folder for shards read by URL; None: one in the user's cache folder"
     )
-    cache_bytes: Count | None = Field(
-        None, description="most bytes of that folder; None: no limit"
-    )
+    cache_bytes: Count | None = Field(None, description="most bytes of that folder; None: no limit")
     download_seconds: float = Field(
         60, gt=0, description="without a byte for so long, a download has failed"
     )
+
+    @property
+    def local_folders(self) -> list[str]:
+        """All folders of shards that are not named by a URL."""
+        every = [*(stream.path for stream in self.train), *self.validations.values()]
+        return [path for path in every if not is_url(path)]
 
     @property
     def validations(self) -> dict[str, str]:
@@ -116,7 +134,9 @@ class DataConfig(Section):
                 )
             if not any(change.weights.values()):
                 raise ValueError(f"from token {change.from_tokens} on all weights are 0")
-        late = {name for change in self.schedule for name, weight in change.weights.items() if weight}
+        late = {
+            name for change in self.schedule for name, weight in change.weights.items() if weight
+        }
         for stream in self.train:
             if stream.weight == 0 and stream.label not in late:
                 raise ValueError(f"{stream.label} has weight 0 and is never read")

@@ -35,10 +35,11 @@ class Batch:
         return int((self.targets != IGNORE).sum())
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return the batch on `device`; numbers of rows and streams stay on the CPU."""
+        """Return the batch on `device`; row numbers stay on the CPU, where they are read."""
         return replace(
             self,
             inputs=self.inputs.to(device, non_blocking=True),
             targets=self.targets.to(device, non_blocking=True),
             segments=self.segments.to(device, non_blocking=True),
+            streams=None if self.streams is None else self.streams.to(device, non_blocking=True),
         )

@@ -310,5 +310,3 @@ def _write_whole(file: Path, data: bytes) -> None:
         aside.flush()
         os.fsync(aside.fileno())
     Path(aside.name).replace(file)
-
-

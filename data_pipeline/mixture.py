@@ -178,9 +178,7 @@ class Mixture:
         return self._before[phase] + inside
 
 
-def plan_mixture(
-    data: DataConfig, sizes: Sequence[int], context: int, run_rows: int
-) -> Mixture:
+def plan_mixture(data: DataConfig, sizes: Sequence[int], context: int, run_rows: int) -> Mixture:
     """Return the mixture of a run.
 
     Streams with `repeat` or `choose` give exactly that many rows over the run, spread evenly; the

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -17,12 +16,6 @@ ATTEMPTS = 3
 _FIRST_PAUSE = 0.2
 _POLL_SECONDS = 0.02
 _ABSENT = {"403", "404", "AccessDenied", "NoSuchBucket", "NoSuchKey"}
-_URL = re.compile(r"[a-z][a-z0-9+-]*:/")
-
-
-def is_url(where: str | Path) -> bool:
-    """Whether a path is one of object storage, or another place that files are downloaded from."""
-    return isinstance(where, str) and bool(_URL.match(where))
 
 
 class Remote:

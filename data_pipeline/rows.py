@@ -10,6 +10,7 @@ from typing import IO
 
 import numpy as np
 
+from shoal.configs.data import is_url
 from shoal.configs.errors import DataError
 from shoal.data_pipeline.cache import RemoteShards, ShardCache
 from shoal.data_pipeline.manifest import (
@@ -22,7 +23,6 @@ from shoal.data_pipeline.manifest import (
 )
 from shoal.data_pipeline.mds import row_type
 from shoal.data_pipeline.packing import RowBatch, decode_rows
-from shoal.data_pipeline.remote import is_url
 
 _FEW_ROWS = 8
 """With fewer rows of each shard it is quicker to copy them one by one."""
@@ -59,9 +59,7 @@ class Rows:
     here, so that a mapped shard is a matrix. Errors are raised by the call that meets them.
     """
 
-    def __init__(
-        self, folder: Path, manifest: Manifest, files: RemoteShards | None = None
-    ) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, files: RemoteShards | None = None) -> None:
         self.folder = folder
         self.manifest = manifest
         self._files: LocalShards | RemoteShards = files or LocalShards(folder, manifest)
@@ -151,7 +149,9 @@ class Rows:
             return self._map(used[0])[within]
         raw = np.empty((numbers.size, self._row_bytes), dtype=np.uint8)
         if numbers.size < _FEW_ROWS * len(used):
-            for place, (shard, row) in enumerate(zip(shards.tolist(), within.tolist(), strict=True)):
+            for place, (shard, row) in enumerate(
+                zip(shards.tolist(), within.tolist(), strict=True)
+            ):
                 raw[place] = self._map(shard)[row]
             return raw
         for shard in used:
