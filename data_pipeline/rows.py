@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import mmap
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
@@ -15,17 +12,18 @@ from shoal.configs.errors import DataError
 from shoal.data_pipeline.cache import RemoteShards, ShardCache
 from shoal.data_pipeline.manifest import (
     Manifest,
-    ShardFacts,
     check_shard,
     check_tokenizer,
     read_manifest,
     tokenizer_beside,
 )
-from shoal.data_pipeline.mds import row_type
+from shoal.data_pipeline.mds import open_mds, row_type
 from shoal.data_pipeline.packing import RowBatch, decode_rows
 
 _FEW_ROWS = 8
 """With fewer rows of each shard it is quicker to copy them one by one."""
+
+_TRIES = 5
 
 
 class LocalShards:
@@ -41,11 +39,11 @@ class LocalShards:
     def bring(self, numbers: Sequence[int], beside: int = 0) -> None:
         """Nothing to do: they are there, or opening them says so."""
 
-    def open(self, number: int) -> IO[bytes]:
-        """Return a shard, checked."""
+    def path(self, number: int) -> Path:
+        """Return the file of a shard, checked."""
         shard = self.manifest.shards[number]
         check_shard(self.folder, shard)
-        return (self.folder / shard.file).open("rb")
+        return self.folder / shard.file
 
     def let_go(self, numbers: Sequence[int]) -> list[int]:
         """Return none: files that stay take up no more space when mapped."""
@@ -63,7 +61,7 @@ class Rows:
         self.folder = folder
         self.manifest = manifest
         self._files: LocalShards | RemoteShards = files or LocalShards(folder, manifest)
-        self._dtype = np.dtype(manifest.dtype)
+        self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
         self._row_bytes = row_type(manifest.context, self._dtype).itemsize
         counts = [shard.rows for shard in manifest.shards]
         self._ends = np.cumsum(np.asarray(counts, dtype=np.int64))
@@ -162,46 +160,31 @@ class Rows:
     def _map(self, number: int) -> np.ndarray:
         """Return a shard as a matrix of bytes, (rows, bytes of a row), checked once."""
         mapped = self._mapped.get(number)
-        if mapped is None:
-            for left in self._files.let_go(list(self._mapped)):
-                del self._mapped[left]
-            shard = self.manifest.shards[number]
-            mapped = self._lay_out(shard, self._open_raw(number))
+        if mapped is not None:
+            return mapped
+        for left in self._files.let_go(list(self._mapped)):
+            del self._mapped[left]
+        shard = self.manifest.shards[number]
+        for _ in range(_TRIES):
+            file = self._files.path(number)
+            try:
+                mapped = open_mds(
+                    file,
+                    shard.rows,
+                    shard.raw_bytes,
+                    self.manifest.context,
+                    self._dtype,
+                    self.manifest.compression,
+                )
+            except FileNotFoundError:  # evicted by another job since it was checked
+                continue
             self._mapped[number] = mapped
-        return mapped
-
-    def _open_raw(self, number: int) -> mmap.mmap:
-        """Map the content of a shard; a compressed one is unpacked into a nameless file."""
-        beside = self._files.folder if self.is_remote else None
-        with self._files.open(number) as file:
-            if self.manifest.compression is None:
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            with tempfile.TemporaryFile(prefix="shoal-", dir=beside) as unpacked:
-                self._unpack(self.manifest.shards[number], file, unpacked)
-                return mmap.mmap(unpacked.fileno(), 0, access=mmap.ACCESS_READ)
-
-    def _unpack(self, shard: ShardFacts, packed: IO[bytes], unpacked: IO[bytes]) -> None:
-        import zstandard
-
-        try:
-            zstandard.ZstdDecompressor().copy_stream(packed, unpacked)
-        except zstandard.ZstdError as error:
-            raise DataError(f"shard does not unpack: {error}", where=packed.name) from None
-        unpacked.flush()
-        if unpacked.tell() != shard.raw_bytes:
-            raise DataError("shard unpacks to another size than stated", where=packed.name)
-
-    def _lay_out(self, shard: ShardFacts, data: mmap.mmap) -> np.ndarray:
-        """Find the rows in an MDS shard: a count, then offsets, the last of which is the end."""
-        where = self.folder / shard.file
-        count = int(np.frombuffer(data, "<u4", 1)[0])
-        if count != shard.rows:
-            raise DataError(f"shard holds {count} rows, not {shard.rows}", where=where)
-        offsets = np.frombuffer(data, "<u4", count + 1, 4).astype(np.int64)
-        if offsets[-1] != len(data) or np.any(np.diff(offsets) != self._row_bytes):
-            raise DataError("shard has rows of another size than its manifest says", where=where)
-        rows = np.frombuffer(data, np.uint8, count * self._row_bytes, int(offsets[0]))
-        return rows.reshape(count, self._row_bytes)
+            return mapped
+        raise DataError(
+            "shard is removed again and again before it is read",
+            where=file,
+            fix="other jobs share the cache: raise data.cache_bytes, or set another data.cache",
+        )
 
 
 def bring_together(streams: Sequence[Rows], numbers: Sequence[np.ndarray]) -> None:
