@@ -178,7 +178,9 @@ class Mixture:
         return self._before[phase] + inside
 
 
-def plan_mixture(data: DataConfig, sizes: Sequence[int], context: int, run_rows: int) -> Mixture:
+def plan_mixture(
+    data: DataConfig, sizes: Sequence[int], context: int, run_rows: int, step_rows: int = 1
+) -> Mixture:
     """Return the mixture of a run.
 
     Streams with `repeat` or `choose` give exactly that many rows over the run, spread evenly; the
@@ -190,6 +192,8 @@ def plan_mixture(data: DataConfig, sizes: Sequence[int], context: int, run_rows:
         sizes: Rows of every stream.
         context: Tokens of a row.
         run_rows: Rows of the whole run.
+        step_rows: Rows of a step; where streams give too few for the last one by less than that, it
+            is filled by beginning again.
 
     Raises:
         ConfigError: the streams give more, or fewer, rows than the run takes, or a share is too
@@ -201,7 +205,7 @@ def plan_mixture(data: DataConfig, sizes: Sequence[int], context: int, run_rows:
                for stream, size in zip(data.train, sizes, strict=True)]  # fmt: skip
     left = run_rows - sum(counted)
     weights = [0.0 if stream.is_counted else stream.share for stream in data.train]
-    if left < 0 or (left > 0 and not any(weights)):
+    if left < 0 or (left >= step_rows and not any(weights)):
         raise ConfigError(
             f"the streams give {sum(counted):,} rows by repeat and choose, and the run takes "
             f"{run_rows:,}",
@@ -209,7 +213,7 @@ def plan_mixture(data: DataConfig, sizes: Sequence[int], context: int, run_rows:
             fix=f"set train.tokens={sum(counted) * context}, or let one stream have a weight: it "
             "takes what is left",
         )
-    shared = _divide(weights, left) if left else [0] * len(weights)
+    shared = _divide(weights, left) if any(weights) else [0] * len(weights)
     return Mixture(patterns=[(0, Pattern([a + b for a, b in zip(counted, shared, strict=True)]))])
 
 

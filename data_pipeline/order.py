@@ -62,7 +62,9 @@ def permute(positions: np.ndarray, size: int, *key: int | str) -> np.ndarray:
     return _walk(whole, np.uint64(size), max(2, (size - 1).bit_length()), keys)
 
 
-def _walk(values: np.ndarray, sizes: np.ndarray | np.uint64, bits: int, keys: np.ndarray):  # type: ignore[no-untyped-def]
+def _walk(
+    values: np.ndarray, sizes: np.ndarray | np.uint64, bits: int, keys: np.ndarray
+) -> np.ndarray:
     """Send values through the Feistel network of `bits` bits until each is below its size.
 
     Args:
@@ -87,7 +89,7 @@ def _walk(values: np.ndarray, sizes: np.ndarray | np.uint64, bits: int, keys: np
                 low = low ^ (scramble(high, round_key) & low_mask)
         inside = (high << low_bits) | low
         values[walking] = inside
-        limit = sizes if np.ndim(sizes) == 0 else sizes[walking]
+        limit = sizes[walking] if isinstance(sizes, np.ndarray) else sizes
         walking = walking[inside >= limit]
     return values.astype(np.int64)
 

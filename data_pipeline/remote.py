@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -128,11 +130,10 @@ def wait_while_growing(is_over: Callable[[], bool], folder: Path, seconds: float
 def count_bytes(folder: Path) -> int:
     """Return the bytes of all files below a folder; what goes away meanwhile counts nothing."""
     total = 0
-    for file in folder.rglob("*"):
-        try:
-            total += file.stat().st_size
-        except OSError:
-            continue
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += (Path(parent) / name).stat().st_size
     return total
 
 

@@ -68,8 +68,10 @@ class Corpus:
         from shoal.data_pipeline.mixture import plan_mixture
 
         sizes = [len(rows) for rows, _ in self.train]
-        run_rows = config.steps * config.train.batch_rows
-        return plan_mixture(self.data, sizes, self.manifest.context, run_rows)
+        batch_rows = config.train.batch_rows
+        return plan_mixture(
+            self.data, sizes, self.manifest.context, config.steps * batch_rows, batch_rows
+        )
 
 
 def ensure_prepared(config: RunConfig) -> None:
