@@ -42,3 +42,18 @@ class DroppedLog:
     def examples(self) -> list[str]:
         """The first few, one line each."""
         return [f"{place}: {reason}" for place, reason in self.places[:EXAMPLES]]
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A document that cleaning took out, and why."""
+
+    id: str
+    source: str
+    domain: str
+    reason: str
+    """Words such as `exact_duplicate`."""
+    match: str
+    """What decided: the text that matched, or the id of the document that stays."""
+    similarity: float | None = None
+    """True Jaccard similarity to it, of a near duplicate."""

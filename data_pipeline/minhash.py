@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 NO_KEY = 0
 """Band key of a document without a word, which matches nothing."""
 
-_PUNCTUATION = string.punctuation + "\u2018\u2019\u201c\u201d\u2013\u2014\u2026\u00ab\u00bb\u00b7\u2022"
+_PUNCTUATION = (
+    string.punctuation + "\u2018\u2019\u201c\u201d\u2013\u2014\u2026\u00ab\u00bb\u00b7\u2022"
+)
 _CACHED_WORDS = 500_000
 _CACHED_LENGTH = 40
 _BLOCK = 1024  # shingles at once, so that bands x band_hashes x block stays in the cache
