@@ -193,12 +193,12 @@ class ProfileCandidates:
 
         if not wanted:
             return
-        shingler, words = Shingler(self.plan.near.ngram), Shingler(1)
+        shingler = Shingler(self.plan.near.ngram)
         for number, document in enumerate(read_documents(self.plan.pieces[task]), start=first):
             if number in wanted:
-                hashes = words.hash_shingles(document.text)
-                shingles = shingler.collect(document.text)
-                yield number, Profile(shingles, *np.unique(hashes, return_counts=True))
+                words = shingler.hash_words(document.text)
+                shingles = np.unique(shingler.join_words(words))
+                yield number, Profile(shingles, *np.unique(words, return_counts=True))
 
 
 def _list_members(pairs: np.ndarray[Any, Any], first: int, end: int) -> set[int]:

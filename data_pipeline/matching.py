@@ -60,9 +60,7 @@ def _spread_starts(same: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.maximum.accumulate(np.where(same, 0, places)) if len(same) else places
 
 
-def pair_band(
-    keys: np.ndarray[Any, Any], documents: np.ndarray[Any, Any]
-) -> np.ndarray[Any, Any]:
+def pair_band(keys: np.ndarray[Any, Any], documents: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Return the pairs of documents that share a key, at most GROUP_PAIRS a later document.
 
     Args:
@@ -172,11 +170,22 @@ class Profile:
 
 def measure_similarity(one: Profile, other: Profile) -> float:
     """Return the Jaccard similarity of two sets of shingles, 0 for two empty ones."""
-    import numpy as np
-
-    shared = len(np.intersect1d(one.shingles, other.shingles, assume_unique=True))
+    shared = _count_shared(one.shingles, other.shingles)
     union = len(one.shingles) + len(other.shingles) - shared
     return shared / union if union else 0.0
+
+
+def _count_shared(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> int:
+    """Count what two rising arrays share; one of each value in either."""
+    import numpy as np
+
+    if len(one) > len(other):
+        one, other = other, one
+    if len(one) == 0:
+        return 0
+    places = np.searchsorted(other, one)
+    places[places == len(other)] = 0  # greater than all: equal to none, so not to the first
+    return int(np.count_nonzero(other[places] == one))
 
 
 def is_renamed(one: Profile, other: Profile) -> bool:
@@ -187,11 +196,9 @@ def is_renamed(one: Profile, other: Profile) -> bool:
     and there do not do that, since every occurrence of a word would have to be hit: of a tenth of
     the words changed, one repeated word in a thousand at most.
     """
-    import numpy as np
-
     for mine, theirs in ((one, other), (other, one)):
         repeated = mine.words[mine.counts >= _REPEATED]
-        missing = len(repeated) - np.isin(repeated, theirs.words, assume_unique=True).sum()
+        missing = len(repeated) - _count_shared(repeated, theirs.words)
         if missing == 0 or missing < _RENAMED_SHARE * len(repeated):
             return False
     return True
