@@ -173,7 +173,7 @@ def measure_domain_share(tokenizer: Tokenizer, words: Iterable[str]) -> DomainSh
 def find_split_words(
     whole: Tokenizer, split: Tokenizer, words: Iterable[str], limit: int = 10
 ) -> list[SplitWord]:
-    """Return the first words that are one token of `whole` and several of `split`, after a blank."""
+    """Return the first words that, after a blank, are one token of `whole`, several of `split`."""
     found: list[SplitWord] = []
     for word in words:
         if len(found) == limit:

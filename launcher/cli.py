@@ -10,6 +10,7 @@ import typer
 
 from shoal.configs.errors import ShoalError
 from shoal.launcher.commands import Shown
+from shoal.launcher.tokenizer_cli import tokenizer_app
 
 app = typer.Typer(
     help="Give Shoal a corpus and an inference budget; it trains every candidate that fits and "
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 shards_app = typer.Typer(help="Look at shards and check them.", no_args_is_help=True)
 app.add_typer(shards_app, name="shards", rich_help_panel="Look")
+app.add_typer(tokenizer_app, name="tokenizer", rich_help_panel="Look")
 
 Precision = Literal["fp32", "bf16", "int8", "int4"]
 Trained = Literal["fp32", "bf16"]
