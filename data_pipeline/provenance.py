@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 
 from shoal.configs.corpus import PrepareConfig, SourceConfig
 from shoal.configs.errors import DataError
-from shoal.data_pipeline.layout import ShardPlan, open_layout
+from shoal.data_pipeline.layout import ShardPlan
 from shoal.data_pipeline.manifest import (
     COUNTS,
     DROPPED,
@@ -31,7 +31,7 @@ from shoal.data_pipeline.tokens import Read, Split
 
 STATS = ".sources.json"
 
-_FORMAT = 1  # raise it when the same corpus and config would give other bytes
+_FORMAT = 2  # raise it when the same corpus and config would give other bytes
 _CHANGES_NOTHING = {"name", "output", "processes", "max_dropped_share"}
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "encoder.json",
@@ -157,7 +157,7 @@ def make_manifest(
     return Manifest(
         prepare_key=origin.key,
         rows=plan.rows,
-        tokens=open_layout(plan).tokens,
+        tokens=plan.packing.tokens,
         text_bytes=sum(read.bytes for read in split.sources),
         documents=split.documents,
         context=plan.context,
@@ -170,7 +170,9 @@ def make_manifest(
         config=settled_config(config),
         sources=tuple(_source_facts(read, origin.hashes) for read in split.sources),
         dropped=_dropped_facts(split),
+        packing=plan.packing,
         domains=dict(sorted(domains.items())),
+        lengths=plan.lengths,
         shards=shards,
         files={name: hash_file(folder / name) for name in (COUNTS, DROPPED, INDEX)},
         shards_hash=hash_shards([shard.raw_sha256 for shard in shards]),

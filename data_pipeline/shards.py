@@ -20,7 +20,7 @@ import numpy as np
 
 from shoal.configs.corpus import PrepareConfig
 from shoal.configs.errors import ConfigError, DataError
-from shoal.data_pipeline.layout import ShardPlan, open_layout, open_tokens, plan_split
+from shoal.data_pipeline.layout import ShardPlan, plan_split, write_shard
 from shoal.data_pipeline.manifest import (
     COUNTS,
     DROPPED,
@@ -32,10 +32,8 @@ from shoal.data_pipeline.manifest import (
     check_tokenizer,
     read_manifest,
     token_counts,
-    verify,
 )
-from shoal.data_pipeline.mds import import_streaming, token_type
-from shoal.data_pipeline.packing import find_targets
+from shoal.data_pipeline.proof import verify
 from shoal.data_pipeline.provenance import (
     STATS,
     Origin,
@@ -293,55 +291,6 @@ def _write_split(
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     _sync_folder(folder)
     folder.rename(work / split.name)
-
-
-def write_shard(plan: ShardPlan, number: int) -> None:
-    """Write one MDS shard, its index entry and its token counts, unless they are there."""
-    part = plan.part_file(number)
-    if part.is_file():
-        return
-    first = number * plan.shard_rows
-    last = min(first + plan.shard_rows, plan.rows)
-    dtype = token_type(plan.vocab_size)
-    tokens = open_layout(plan).fill(first, last, plan.eot, open_tokens(plan).read, dtype)
-    counts = np.zeros(plan.vocab_size, dtype=np.int64)
-    for start in range(0, len(tokens), 4096):
-        targets = find_targets(tokens[start : start + 4096].astype(np.int64), plan.eot)
-        counts += np.bincount(targets[targets >= 0], minlength=plan.vocab_size)
-    save_array(part.with_suffix(".npy"), counts)
-    entry = _write_mds(plan, number, tokens)
-    aside = part.with_suffix(".new")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(entry))
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(part)
-
-
-def _write_mds(plan: ShardPlan, number: int, tokens: np.ndarray) -> dict[str, Any]:
-    """Write rows as shard `number` of the plan's folder; return its entry for index.json."""
-    aside = plan.folder / f"{number:05d}.mds"
-    if aside.is_dir():
-        shutil.rmtree(aside)
-    writer = import_streaming().MDSWriter(
-        columns={"tokens": f"ndarray:{tokens.dtype.name}:{plan.context + 1}"},
-        out=str(aside),
-        compression=plan.compression,
-        hashes=["sha256"],
-        size_limit=None,
-    )
-    for row in tokens:
-        writer.write({"tokens": row})
-    writer.finish()
-    (entry,) = json.loads((aside / INDEX).read_text())["shards"]
-    written = aside / stored_file(entry)["basename"]
-    for data in (entry["raw_data"], entry["zip_data"]):
-        if data:
-            data["basename"] = data["basename"].replace("00000", f"{number:05d}", 1)
-    _sync_folder(aside)
-    written.rename(plan.folder / stored_file(entry)["basename"])
-    shutil.rmtree(aside)
-    return dict(entry)
 
 
 def _write_side_files(

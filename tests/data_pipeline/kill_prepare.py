@@ -18,8 +18,8 @@ from pathlib import Path
 
 from shoal.configs.corpus import PrepareConfig
 from shoal.data_pipeline import tokens
-from shoal.data_pipeline.manifest import verify
 from shoal.data_pipeline.mds import import_streaming
+from shoal.data_pipeline.proof import verify
 from shoal.data_pipeline.shards import prepare
 
 CHANGES = {"os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir"}

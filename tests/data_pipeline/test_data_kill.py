@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from shoal.data_pipeline.manifest import verify
+from shoal.data_pipeline.proof import verify
 
 PREPARE = """
 import sys

@@ -14,9 +14,9 @@ import pytest
 
 from shoal.configs.errors import DataError
 from shoal.data_pipeline import tokens
-from shoal.data_pipeline.manifest import hash_file, read_manifest, verify
+from shoal.data_pipeline.manifest import hash_file, read_manifest
 from shoal.data_pipeline.mds import import_streaming
-from shoal.data_pipeline.packing import find_targets
+from shoal.data_pipeline.proof import verify
 from shoal.data_pipeline.provenance import SourceHashes
 from shoal.data_pipeline.rows import Rows
 from shoal.data_pipeline.shards import prepare
@@ -26,8 +26,7 @@ from shoal.data_pipeline.tokenizer import Tokenizer
 def read_back(folder, tokenizer):
     """The documents in a split's rows, in packing order."""
     rows = Rows.open(folder)
-    numbers, _ = rows.gather(np.arange(len(rows)))
-    targets = find_targets(numbers, tokenizer.eot_id).ravel()
+    targets = rows.gather(np.arange(len(rows))).targets.ravel()
     targets = targets[targets >= 0]
     ends = np.flatnonzero(targets == tokenizer.eot_id)
     assert ends[-1] == len(targets) - 1
@@ -75,7 +74,7 @@ def test_shards_are_as_stated(prepared):
     assert len(manifest.shards) == len(index) > 3
     for shard, entry in zip(manifest.shards, index, strict=True):
         file = prepared.train / shard.file
-        assert shard.bytes == shard.raw_bytes == file.stat().st_size <= 9000 + 200
+        assert shard.bytes == shard.raw_bytes == file.stat().st_size <= 9000 + 300
         assert shard.sha256 == shard.raw_sha256 == hash_file(file)
         assert entry["raw_data"]["basename"] == shard.file
         assert entry["samples"] == shard.rows
@@ -92,8 +91,8 @@ def test_streaming_reads_equal_rows(compression, prepared, make_config, tmp_path
     data = import_streaming().StreamingDataset(
         remote=str(tmp_path / "remote"), local=str(tmp_path / "local"), batch_size=1
     )
-    expected, _ = rows.gather(np.arange(len(rows)))
-    plain, _ = Rows.open(prepared.train).gather(np.arange(len(rows)))
+    expected = rows.gather(np.arange(len(rows))).tokens
+    plain = Rows.open(prepared.train).gather(np.arange(len(rows))).tokens
     assert np.array_equal(expected, plain)
     assert len(data) == len(rows)
     assert np.array_equal(np.stack([data[i]["tokens"] for i in range(len(data))]), expected)
