@@ -1,4 +1,4 @@
-"""The document, and what could not be made into one."""
+"""The document, and the account of a reading: what was taken, and what could not be."""
 
 from __future__ import annotations
 
@@ -22,11 +22,18 @@ class Document:
 
 @dataclass
 class DroppedLog:
-    """Records that were left out: how many for which reason, and the place of each."""
+    """Records that were left out: how many for which reason, and the place of each.
+
+    It also counts what was not broken, so that every record of a source is accounted for.
+    """
 
     reasons: Counter[str] = field(default_factory=Counter)
     places: list[tuple[str, str]] = field(default_factory=list)
     """(file:line, reason) of each, in the order met."""
+    taken: Counter[str] = field(default_factory=Counter)
+    """Documents by file; files that are one document each (plain text) are counted as ''."""
+    unwanted: int = 0
+    """Records of other domains than the source's `domains`."""
 
     def add(self, place: str, reason: str) -> None:
         """Note one record."""
@@ -42,3 +49,19 @@ class DroppedLog:
     def examples(self) -> list[str]:
         """The first few, one line each."""
         return [f"{place}: {reason}" for place, reason in self.places[:EXAMPLES]]
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A document that cleaning took out, and why."""
+
+    id: str
+    source: str
+    domain: str
+    reason: str
+    """The filter and its rule, `gopher_quality: too few words`, or `decontamination`,
+    `exact_duplicate`, `near_duplicate`."""
+    match: str
+    """What exactly: the value and the threshold, the words and the evaluation set, the twin."""
+    similarity: float | None = None
+    """True Jaccard similarity to the twin, of near duplicates."""

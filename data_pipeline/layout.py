@@ -191,11 +191,7 @@ class WriteShards:
     """The stage that writes the shards of a split, one a task."""
 
     plan: ShardPlan
-
-    @property
-    def name(self) -> str:
-        """What progress calls it."""
-        return "write shards"
+    name: str = "write shards"
 
     @property
     def tasks(self) -> int:

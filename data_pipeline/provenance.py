@@ -11,12 +11,16 @@ from typing import Any, Literal, cast
 
 from shoal.configs.corpus import PrepareConfig, SourceConfig
 from shoal.configs.errors import DataError
+from shoal.data_pipeline.files import hash_file as hash_contents
+from shoal.data_pipeline.files import is_url
 from shoal.data_pipeline.layout import ShardPlan
 from shoal.data_pipeline.manifest import (
     COUNTS,
     DROPPED,
     INDEX,
+    REMOVED,
     TOKENIZER,
+    CleaningFacts,
     DroppedFacts,
     Manifest,
     ShardFacts,
@@ -25,14 +29,15 @@ from shoal.data_pipeline.manifest import (
     hash_shards,
 )
 from shoal.data_pipeline.mds import token_type
-from shoal.data_pipeline.sources import EXAMPLES, list_files, resolve_path
+from shoal.data_pipeline.pieces import Read
+from shoal.data_pipeline.sources import EXAMPLES, SourceFile, list_files, resolve_path
 from shoal.data_pipeline.tokenizer import Tokenizer
-from shoal.data_pipeline.tokens import Read, Split
+from shoal.data_pipeline.tokens import Split
 
 STATS = ".sources.json"
 
 _FORMAT = 2  # raise it when the same corpus and config would give other bytes
-_CHANGES_NOTHING = {"name", "output", "processes", "max_dropped_share"}
+_CHANGES_NOTHING = {"name", "output", "processes", "executor", "max_dropped_share"}
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "encoder.json",
     "vocab.bpe",
@@ -49,21 +54,19 @@ class SourceHashes:
     def hash_source(self, source: SourceConfig) -> tuple[str, int, int]:
         """Return the hash over names and contents of a source's files, their number and size."""
         total = hashlib.sha256()
-        files = list_files(source)
+        found = list_files(source)
         size = 0
-        for file in files:
-            total.update(f"{file.name}\n{self._hash_file(file.path)}\n".encode())
-            size += file.path.stat().st_size
-        return total.hexdigest(), len(files), size
+        for file in found:
+            total.update(f"{file.name}\n{self._hash_file(file)}\n".encode())
+            size += file.bytes
+        return total.hexdigest(), len(found), size
 
-    def _hash_file(self, path: Path) -> str:
-        stat = path.stat()
-        facts = [stat.st_size, stat.st_mtime_ns]
-        name = str(path.resolve())
-        if self._known.get(name, [])[:-1] != facts:
-            self._known[name] = [*facts, hash_file(path)]
+    def _hash_file(self, file: SourceFile) -> str:
+        name = file.path if is_url(file.path) else str(Path(file.path).resolve())
+        if not file.stamp or self._known.get(name, [])[:-1] != [file.stamp]:
+            self._known[name] = [file.stamp, hash_contents(file.path)]
         self._seen[name] = self._known[name]
-        return str(self._known[name][2])
+        return str(self._known[name][1])
 
     def save(self, file: Path) -> None:
         """Remember what was hashed."""
@@ -106,6 +109,7 @@ def prepare_key(config: PrepareConfig, hashes: SourceHashes) -> str:
         "config": settled_config(config),
         "sources": [hashes.hash_source(s)[0] for s in (*config.train, *config.validation)],
         "tokenizer": _hash_tokenizer(config.tokenizer.path),
+        "evaluation_sets": _hash_evaluation_sets(config),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -152,13 +156,13 @@ def make_manifest(
     Its other files lie in `folder`, the tokenizer beside that; its shards are `entries`.
     """
     shards = tuple(_shard_facts(entry) for entry in entries)
+    names = [COUNTS, DROPPED, INDEX] + ([REMOVED] if split.removals is not None else [])
     beside = folder.parent / TOKENIZER
-    domains = sum((read.domains for read in split.sources), Counter[str]())
     return Manifest(
         prepare_key=origin.key,
         rows=plan.rows,
         tokens=plan.packing.tokens,
-        text_bytes=sum(read.bytes for read in split.sources),
+        text_bytes=split.bytes,
         documents=split.documents,
         context=plan.context,
         tokenizer_fingerprint=tokenizer.fingerprint,
@@ -171,10 +175,11 @@ def make_manifest(
         sources=tuple(_source_facts(read, origin.hashes) for read in split.sources),
         dropped=_dropped_facts(split),
         packing=plan.packing,
-        domains=dict(sorted(domains.items())),
+        cleaning=_cleaning_facts(config, split),
+        domains=dict(sorted(split.domains.items())),
         lengths=plan.lengths,
         shards=shards,
-        files={name: hash_file(folder / name) for name in (COUNTS, DROPPED, INDEX)},
+        files={name: hash_file(folder / name) for name in names},
         shards_hash=hash_shards([shard.raw_sha256 for shard in shards]),
     )
 
@@ -201,6 +206,34 @@ def _source_facts(read: Read, hashes: SourceHashes) -> SourceFacts:
         bytes=read.bytes,
         dropped=read.dropped.total,
     )
+
+
+def _cleaning_facts(config: PrepareConfig, split: Split) -> CleaningFacts | None:
+    done = split.removals
+    if done is None:
+        return None
+    return CleaningFacts(
+        documents_read=done.documents_read,
+        bytes_read=done.bytes_read,
+        documents_kept=split.documents,
+        bytes_kept=split.bytes,
+        removed=dict(sorted(done.removed.items())),
+        changed=dict(sorted(done.changed.items())),
+        evaluation_sets=_hash_evaluation_sets(config),
+    )
+
+
+def _hash_evaluation_sets(config: PrepareConfig) -> dict[str, str]:
+    """Return the SHA-256 of what documents are compared with, by its path in the config."""
+    if config.clean is None or config.clean.decontaminate is None:
+        return {}
+    found = {}
+    for path in config.clean.decontaminate.against:
+        file = Path(resolve_path(path)).expanduser()
+        if not file.is_file():
+            raise DataError("no evaluation set there", where=path, fix="set clean.decontaminate")
+        found[path] = hash_file(file)
+    return found
 
 
 def _dropped_facts(split: Split) -> DroppedFacts:

@@ -6,34 +6,34 @@ verified and renamed into place in one step, so that shards are either absent or
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from shoal.configs.corpus import PrepareConfig
-from shoal.configs.errors import ConfigError, DataError
-from shoal.data_pipeline.layout import ShardPlan, plan_split, write_shard
+from shoal.data_pipeline.cleaned import Removals, clean_reading
+from shoal.data_pipeline.cleaner import load_cleaner
+from shoal.data_pipeline.excerpt import choose_texts
+from shoal.data_pipeline.executors import open_executor
+from shoal.data_pipeline.layout import ShardPlan, WriteShards, plan_split
 from shoal.data_pipeline.manifest import (
     COUNTS,
     DROPPED,
     INDEX,
     MANIFEST,
+    REMOVED,
     TOKENIZER,
     Manifest,
     check_context,
-    check_tokenizer,
     read_manifest,
     token_counts,
 )
-from shoal.data_pipeline.proof import verify
+from shoal.data_pipeline.pieces import Reading, read_sources
+from shoal.data_pipeline.proof import make_index, verify
 from shoal.data_pipeline.provenance import (
     STATS,
     Origin,
@@ -41,21 +41,26 @@ from shoal.data_pipeline.provenance import (
     corpus_bytes,
     make_manifest,
     prepare_key,
-    settled_config,
     stored_file,
 )
-from shoal.data_pipeline.rows import Rows, check_alike
-from shoal.data_pipeline.sources import DroppedLog, resolve_path
-from shoal.data_pipeline.tokenizer import Tokenizer
-from shoal.data_pipeline.tokens import (
-    Progress,
-    Split,
-    choose_texts,
-    encode_corpus,
-    save_array,
-    training_texts,
+from shoal.data_pipeline.publishing import (
+    Prepared,
+    hold_lock,
+    is_done,
+    locate,
+    name_output,
+    output_folder,
+    publish,
+    remove_stale,
+    split_names,
+    sync_folder,
 )
-from shoal.data_pipeline.workers import Pool, choose_processes
+from shoal.data_pipeline.rows import Rows, check_alike
+from shoal.data_pipeline.sources import resolve_path
+from shoal.data_pipeline.stages import Progress, Run
+from shoal.data_pipeline.tokenizer import Tokenizer
+from shoal.data_pipeline.tokens import Split, encode_pieces, save_array, training_texts
+from shoal.data_pipeline.workers import choose_processes
 
 __all__ = [
     "Manifest",
@@ -69,20 +74,6 @@ __all__ = [
     "training_texts",
     "verify",
 ]
-
-TRAIN, VALIDATION = "train", "validation"
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Where a prepared corpus lies."""
-
-    output: Path
-    tokenizer: Path
-    train: Path
-    validation: Path | None
-    built: bool = False
-    """Whether this call made it; False: it was there."""
 
 
 def prepare(config: PrepareConfig, progress: Progress | None = None) -> Prepared:
@@ -102,182 +93,86 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Prepared
         OSError: the disk is full; names `output`. What is done is kept.
     """
     report = progress or _silent
-    output = Path(config.output)
+    output = output_folder(config)
     hashes = SourceHashes(output / STATS)
     key = prepare_key(config, hashes)
-    if _is_done(config, output, key):
-        return _prepared(config, output)
+    if is_done(config, output, key):
+        return locate(config, output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with _hold_lock(output, report), _name_output(output):
-        built = not _is_done(config, output, key)
+    with hold_lock(output, report), name_output(output):
+        built = not is_done(config, output, key)
         if built:
-            work = output.parent / f".partial-{output.name}-{key[:16]}"
-            _remove_stale(output, work)
+            work = output.absolute().parent / f".partial-{output.name}-{key[:16]}"
+            remove_stale(output, work)
             work.mkdir(exist_ok=True)
             processes = choose_processes(config.processes, corpus_bytes(config, hashes))
-            with Pool(processes) as pool:
-                _build(config, Origin(key, hashes), work, pool, report)
+            with open_executor(config.executor, processes, work / "logs", report) as run:
+                _build(config, Origin(key, hashes), work, run, report)
             hashes.save(work / STATS)
-            _publish(work, output)
-    return _prepared(config, output, built)
+            publish(config, work, output, report)
+    return locate(config, output, built)
 
 
 def _silent(what: str, done: int, total: int | None) -> None:
     """Report progress to nobody."""
 
 
-def _prepared(config: PrepareConfig, output: Path, built: bool = False) -> Prepared:
-    validation = output / VALIDATION if config.validation or config.validation_share else None
-    return Prepared(output, output / TOKENIZER, output / TRAIN, validation, built)
-
-
-def _is_done(config: PrepareConfig, output: Path, key: str) -> bool:
-    """Whether `output` holds what the config asks for; anything else there is refused."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return False
-    if not (output / TRAIN / MANIFEST).is_file():
-        raise ConfigError(
-            "exists and holds no prepared corpus",
-            where=output,
-            fix="choose another output=..., or remove it",
-        )
-    found = read_manifest(output / TRAIN)
-    if found.prepare_key == key:
-        _check_complete(config, output)
-        return True
-    old, new = found.config, settled_config(config)
-    files = "the files of the tokenizer or a source" if config.tokenizer.path else "a source file"
-    changed = [name for name in new if old.get(name) != new[name]] or [files]
-    raise ConfigError(
-        f"holds shards of another corpus: {', '.join(changed)} changed since",
-        where=output,
-        fix=f"choose another output=..., or remove the old one: rm -r {output}",
-    )
-
-
-def _check_complete(config: PrepareConfig, output: Path) -> None:
-    """Refuse a corpus with a folder removed or its tokenizer replaced.
-
-    Preparing again would find it done and not bring them back.
-    """
-    prepared = _prepared(config, output)
-    for folder in (prepared.tokenizer, prepared.train, prepared.validation):
-        if folder is not None and not folder.is_dir():
-            raise DataError(
-                "is missing from a corpus that was prepared",
-                where=folder,
-                fix=f"remove the rest and prepare it again: rm -r {output}",
-            )
-    check_tokenizer(prepared.train, read_manifest(prepared.train))
-
-
-@contextlib.contextmanager
-def _hold_lock(output: Path, progress: Progress) -> Iterator[None]:
-    """Let one process prepare an output at a time; the others wait and find it done."""
-    with (output.parent / f".{output.name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress("wait for another process that prepares this corpus", 0, None)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextlib.contextmanager
-def _name_output(output: Path) -> Iterator[None]:
-    """Name the output in system errors that name no file, as a write to a full disk does."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is not None and error.filename is None:
-            error.filename = str(output)
-        raise
-
-
-def _remove_stale(output: Path, work: Path) -> None:
-    """Remove unfinished work on other versions of this output."""
-    for folder in output.parent.glob(f".partial-{output.name}-" + "[0-9a-f]" * 16):
-        if folder != work:
-            shutil.rmtree(folder)
-
-
-def _build(
-    config: PrepareConfig, origin: Origin, work: Path, pool: Pool, progress: Progress
-) -> None:
+def _build(config: PrepareConfig, origin: Origin, work: Path, run: Run, progress: Progress) -> None:
     """Make what is missing of tokenizer and splits in the folder aside."""
-    tokenizer = _settle_tokenizer(config, work / TOKENIZER, progress)
-    names = [TRAIN, VALIDATION] if config.validation or config.validation_share else [TRAIN]
-    if all((work / name / MANIFEST).is_file() for name in names):
+    if all((work / name / MANIFEST).is_file() for name in split_names(config)):
         return
-    splits = encode_corpus(config, work / TOKENIZER, work / "tokens", pool, progress)
-    for split in splits:
+    if config.tokenizer.path is not None:  # a bad one is found before anything is read
+        _save_tokenizer(_load_given(config.tokenizer.path), work / TOKENIZER)
+    if config.clean is not None:  # likewise an evaluation set
+        load_cleaner(config.clean)
+    reading = read_sources(config, corpus_bytes(config, origin.hashes), work / "read", run)
+    removals: dict[str, Removals] = {}
+    if config.clean is not None:
+        reading, removals = clean_reading(reading, config.clean, work, run)
+    if config.tokenizer.path is None:
+        _train_tokenizer(config, reading, work, run, progress)
+    splits = encode_pieces(reading, work / TOKENIZER, work, run)
+    tokenizer = Tokenizer.load(work / TOKENIZER)
+    for split in splits.values():
+        split.removals = removals.get(split.name)
         if not (work / split.name / MANIFEST).is_file():
-            _write_split(config, origin, split, tokenizer, work, pool, progress)
+            _write_split(config, origin, split, tokenizer, work, run)
 
 
-def _publish(work: Path, output: Path) -> None:
-    """Prove the finished folder, make it durable, and give it its name."""
-    for name in (TRAIN, VALIDATION):
-        if (work / name).is_dir():
-            verify(work / name)
-    for folder in work.iterdir():
-        if folder.is_dir() and folder.name not in (TOKENIZER, TRAIN, VALIDATION):
-            shutil.rmtree(folder)
-    for folder in (*(f for f in work.iterdir() if f.is_dir()), work):
-        _sync_folder(folder)
-    work.rename(output)
-    _sync_folder(output.parent)
+def _load_given(path: str) -> Tokenizer:
+    return Tokenizer.load(Path(resolve_path(path)).expanduser())
 
 
-def _sync_folder(folder: Path) -> None:
-    for path in (*(p for p in folder.iterdir() if p.is_file()), folder):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def _train_tokenizer(
+    config: PrepareConfig, reading: Reading, work: Path, run: Run, progress: Progress
+) -> None:
+    """Train a tokenizer on the training documents, unless that is done."""
+    if (work / TOKENIZER).is_dir():
+        return
+    assert config.tokenizer.vocab_size is not None
+    texts = choose_texts(reading, config.tokenizer.max_train_bytes, work, run)
+    progress("train tokenizer: find merges", 0, None)
+    tokenizer = Tokenizer.train(texts, config.tokenizer.vocab_size)
+    progress("train tokenizer: find merges", 1, 1)
+    _save_tokenizer(tokenizer, work / TOKENIZER)
 
 
-def _settle_tokenizer(config: PrepareConfig, folder: Path, progress: Progress) -> Tokenizer:
-    """Load the given tokenizer or train one; it is saved in `folder`, whole or not at all."""
+def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Save a tokenizer, whole or not at all, unless it is there."""
     if folder.is_dir():
-        return Tokenizer.load(folder)
-    if config.tokenizer.path is not None:
-        tokenizer = Tokenizer.load(Path(resolve_path(config.tokenizer.path)).expanduser())
-    else:
-        assert config.tokenizer.vocab_size is not None
-        progress("train tokenizer: read text", 0, None)
-        dropped = DroppedLog()
-        texts = choose_texts(training_texts(config, dropped), config.tokenizer.max_train_bytes)
-        if not texts:
-            cause = ["the corpus holds no documents", *dropped.examples[:10]]
-            raise DataError("\n  ".join(cause), where=", ".join(s.path for s in config.train))
-        progress("train tokenizer: find merges", 0, None)
-        tokenizer = Tokenizer.train(texts, config.tokenizer.vocab_size)
-        progress("train tokenizer: find merges", 1, 1)
+        return
     aside = folder.with_name(f"{folder.name}.new")
     tokenizer.save(aside)
-    _sync_folder(aside)
+    sync_folder(aside)
     aside.rename(folder)
-    return Tokenizer.load(folder)
 
 
 def _write_split(
-    config: PrepareConfig,
-    origin: Origin,
-    split: Split,
-    tokenizer: Tokenizer,
-    work: Path,
-    pool: Pool,
-    progress: Progress,
+    config: PrepareConfig, origin: Origin, split: Split, tokenizer: Tokenizer, work: Path, run: Run
 ) -> None:
     """Pack the tokens of a split into shards, and write its manifest last."""
-    plan = plan_split(config, split, tokenizer, work / f"{split.name}.{split.identity}")
-    # A worker takes seconds to import streaming: not for a single shard.
-    writers = pool if plan.shards > 1 else Pool(1)
-    written = writers.map(write_shard, ((plan, number) for number in range(plan.shards)))
-    for done, _ in enumerate(written, 1):
-        progress(f"write {split.name} shards", done, plan.shards)
+    plan = plan_split(config, split, tokenizer, work / f"{split.name}.plan")
+    run(WriteShards(plan, f"write {split.name} shards"))
     folder = work / f"{split.name}.new"
     if folder.is_dir():
         shutil.rmtree(folder)
@@ -289,7 +184,7 @@ def _write_split(
     _write_side_files(plan, split, entries, folder)
     manifest = make_manifest(config, origin, split, tokenizer, plan, entries, folder)
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-    _sync_folder(folder)
+    sync_folder(folder)
     folder.rename(work / split.name)
 
 
@@ -297,12 +192,17 @@ def _write_side_files(
     plan: ShardPlan, split: Split, entries: list[dict[str, Any]], folder: Path
 ) -> None:
     """Write the index of MDS, the token counts, and the list of what was dropped."""
-    index = {"version": 2, "shards": entries}
-    (folder / INDEX).write_text(json.dumps(index, sort_keys=True), encoding="utf-8")
+    (folder / INDEX).write_text(make_index(entries), encoding="utf-8")
     parts = [np.load(plan.part_file(n).with_suffix(".npy")) for n in range(plan.shards)]
     save_array(folder / COUNTS, np.sum(parts, axis=0))
-    with (folder / DROPPED).open("w", encoding="utf-8") as file:
-        for read in split.sources:
-            for place, reason in read.dropped.places:
-                record = {"source": read.source.path, "place": place, "reason": reason}
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    _join(folder / DROPPED, [part for read in split.sources for part in read.dropped_files])
+    if split.removals is not None:
+        _join(folder / REMOVED, split.removals.files)
+
+
+def _join(file: Path, parts: list[Path]) -> None:
+    """Write one file of many."""
+    with file.open("wb") as whole:
+        for part in parts:
+            with part.open("rb") as stream:
+                shutil.copyfileobj(stream, whole)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+Progress = Callable[[str, int, int | None], None]
+"""Told (what, done, total) now and then; total None where it is unknown."""
 
 
 class Stage(Protocol):
@@ -26,3 +30,15 @@ class Stage(Protocol):
 
     def run(self, task: int) -> None:
         """Do one task, whatever an earlier attempt left."""
+
+
+@runtime_checkable
+class WeighedStage(Stage, Protocol):
+    """A stage whose tasks differ in size, so that progress is told in bytes."""
+
+    def task_bytes(self, task: int) -> int:
+        """Size of what a task works on."""
+
+
+Run = Callable[[Stage], None]
+"""Does the tasks of a stage that are not done yet, and returns when all are."""

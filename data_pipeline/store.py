@@ -20,7 +20,7 @@ def write_documents(file: Path, documents: Iterable[Document]) -> None:
 
     schema = pyarrow.schema([(name, pyarrow.large_string()) for name in _COLUMNS])
     options = pyarrow.ipc.IpcWriteOptions(compression="lz4")
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    aside = name_aside(file)
     with aside.open("wb") as raw:
         with pyarrow.ipc.new_file(raw, schema, options=options) as writer:
             for batch in _in_batches(documents):
@@ -28,6 +28,11 @@ def write_documents(file: Path, documents: Iterable[Document]) -> None:
         raw.flush()
         os.fsync(raw.fileno())
     aside.rename(file)
+
+
+def name_aside(file: Path) -> Path:
+    """Return the name that a file is written under before it has its own; no process shares it."""
+    return file.with_name(f".{file.name}.{os.uname().nodename}.{os.getpid()}")
 
 
 def _in_batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -58,6 +63,26 @@ def read_documents(file: Path) -> Iterator[Document]:
             rows = reader.get_batch(number).to_pydict()
             for values in zip(*(rows[name] for name in _COLUMNS), strict=True):
                 yield Document(*values)
+
+
+def read_columns(file: Path, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """Yield some columns of a file, a pyarrow array each, some hundreds of documents at a time."""
+    import pyarrow.ipc
+
+    with pyarrow.ipc.open_file(str(file)) as reader:
+        for number in range(reader.num_record_batches):
+            batch = reader.get_batch(number)
+            yield tuple(batch.column(name) for name in names)
+
+
+def write_whole(file: Path, data: str | bytes) -> None:
+    """Write a small file, durably; it is there whole or not at all."""
+    aside = name_aside(file)
+    with aside.open("wb") as stream:
+        stream.write(data.encode() if isinstance(data, str) else data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    aside.rename(file)
 
 
 def read_texts(file: Path, rows: Sequence[int]) -> list[str]:

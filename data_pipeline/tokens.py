@@ -1,225 +1,176 @@
-"""Documents to files of token ids: the first half of preparing a corpus.
-
-Documents are cut into chunks of some megabytes of text, each encoded into one file named after its
-content: whatever is there after a kill need not be done again, by however many processes.
-"""
+"""Pieces of documents to files of token ids: the middle of preparing a corpus."""
 
 from __future__ import annotations
 
-import hashlib
-import heapq
+import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from shoal.configs.corpus import PrepareConfig, SourceConfig
-from shoal.configs.errors import DataError
+from shoal.configs.corpus import PrepareConfig
+from shoal.data_pipeline.cleaned import Removals
+from shoal.data_pipeline.cleaner import load_cleaner
+from shoal.data_pipeline.documents import Document, DroppedLog
 from shoal.data_pipeline.mds import token_type
-from shoal.data_pipeline.sources import Document, DroppedLog, read_documents
+from shoal.data_pipeline.pieces import (
+    SPLITS,
+    Piece,
+    Read,
+    Reading,
+    held_out,
+    load_pieces,
+    save_pieces,
+)
+from shoal.data_pipeline.sources import read_documents
+from shoal.data_pipeline.stages import Run
+from shoal.data_pipeline.store import name_aside, read_columns, write_whole
 from shoal.data_pipeline.tokenizer import Tokenizer
-from shoal.data_pipeline.workers import Pool
-
-CHUNK_BYTES = 2_000_000
-"""Text in one chunk; part of what determines the names of token files, never of the rows."""
-
-Progress = Callable[[str, int, int | None], None]
-
-
-@dataclass
-class Read:
-    """What was taken from one source into one split."""
-
-    source: SourceConfig
-    documents: int = 0
-    bytes: int = 0
-    domains: Counter[str] = field(default_factory=Counter)
-    dropped: DroppedLog = field(default_factory=DroppedLog)
-    content: str = ""
-    """SHA-256 of the ids and texts read, over both splits."""
 
 
 @dataclass
 class Split:
-    """One split on its way: what it was read from, and where its tokens are."""
+    """One split on its way: what it was read from, what is left of that, and its tokens."""
 
     name: str
     sources: list[Read] = field(default_factory=list)
+    documents: int = 0
+    """That are left."""
+    bytes: int = 0
+    """UTF-8 bytes of their text."""
+    domains: Counter[str] = field(default_factory=Counter)
     chunks: list[Path] = field(default_factory=list)
-
-    @property
-    def documents(self) -> int:
-        """Documents of all sources."""
-        return sum(read.documents for read in self.sources)
-
-    @property
-    def identity(self) -> str:
-        """Of the documents and their order: a hash of the chunks' names."""
-        names = "\n".join(chunk.name for chunk in self.chunks)
-        return hashlib.sha256(names.encode()).hexdigest()[:16]
+    """Of the tokens, in order; see `chunk_files`."""
+    removals: Removals | None = None
+    """What cleaning did; None: documents were taken as they are."""
 
 
-def held_out(document: Document, share: float) -> bool:
-    """Whether a training document belongs to the validation split, by a hash of its id."""
-    digest = hashlib.blake2b(document.id.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < share * 2**64
+@dataclass(frozen=True)
+class EncodePieces:
+    """Tokenises what is left of each piece, one task a piece.
+
+    Task n leaves n.lengths.npy, the tokens of each document, n.json, what the documents are, and
+    then n.tokens.npy, all the tokens.
+    """
+
+    listing: Path
+    tokenizer: Path
+    folder: Path
+    tasks: int
+    name: str = "tokenise documents"
+
+    def chunk(self, task: int) -> Path:
+        """Return the stem of a task's files."""
+        return self.folder / f"{task:06d}"
+
+    def task_bytes(self, task: int) -> int:
+        """Bytes of text."""
+        return load_pieces(self.listing)[task].bytes
+
+    def is_done(self, task: int) -> bool:
+        """Whether its tokens are there."""
+        return chunk_files(self.chunk(task))[1].is_file()
+
+    def run(self, task: int) -> None:
+        """Tokenise a piece."""
+        tokenizer = _open_tokenizer(self.tokenizer)
+        piece = load_pieces(self.listing)[task]
+        lengths: list[int] = []
+        tokens: list[np.ndarray] = []
+        facts = _KeptFacts()
+        for texts in _read_kept(piece, facts):
+            encoded = tokenizer.encode_batch(texts)
+            lengths += [len(ids) for ids in encoded]
+            tokens.append(np.concatenate(encoded).astype(token_type(tokenizer.vocab_size)))
+        lengths_file, tokens_file = chunk_files(self.chunk(task))
+        save_array(lengths_file, np.asarray(lengths, dtype=np.int64))
+        write_whole(self.chunk(task).with_suffix(".json"), json.dumps(facts.__dict__))
+        empty = np.zeros(0, token_type(tokenizer.vocab_size))
+        save_array(tokens_file, np.concatenate([empty, *tokens]))
+
+
+class _KeptFacts:
+    """Counts of the documents that are tokenised."""
+
+    def __init__(self) -> None:
+        self.documents = 0
+        self.bytes = 0
+        self.domains: Counter[str] = Counter()
+
+
+def _read_kept(piece: Piece, facts: _KeptFacts) -> Iterator[list[str]]:
+    """Yield the texts of a piece that are kept, in batches, and count them."""
+    import pyarrow.compute
+
+    keep = None if piece.keep is None else np.load(piece.keep)
+    first = 0
+    for texts, domains in read_columns(piece.file, ("text", "domain")):
+        count = len(texts)
+        if keep is not None:
+            mask = pyarrow.array(keep[first : first + count])
+            texts, domains = texts.filter(mask), domains.filter(mask)
+        first += count
+        if not len(texts):
+            continue
+        facts.documents += len(texts)
+        facts.bytes += pyarrow.compute.sum(pyarrow.compute.binary_length(texts)).as_py()
+        for entry in pyarrow.compute.value_counts(domains).to_pylist():
+            facts.domains[entry["values"]] += entry["counts"]
+        yield texts.to_pylist()
+
+
+def encode_pieces(reading: Reading, tokenizer: Path, work: Path, run: Run) -> dict[str, Split]:
+    """Tokenise every piece; return the splits that were read, those with documents or not."""
+    listing, folder = work / "tokens.json", work / "tokens"
+    save_pieces(listing, reading.pieces)
+    folder.mkdir(exist_ok=True)
+    stage = EncodePieces(listing, tokenizer, folder, len(reading.pieces))
+    run(stage)
+    splits = {name: Split(name, reading.sources[name]) for name in SPLITS if reading.sources[name]}
+    for task, piece in enumerate(reading.pieces):
+        split = splits[piece.split]
+        facts = json.loads(stage.chunk(task).with_suffix(".json").read_text())
+        split.documents += facts["documents"]
+        split.bytes += facts["bytes"]
+        split.domains.update(facts["domains"])
+        split.chunks.append(stage.chunk(task))
+    return splits
 
 
 def training_texts(config: PrepareConfig, dropped: DroppedLog | None = None) -> Iterator[str]:
-    """Yield the training documents of a corpus, those held out left aside."""
+    """Yield the training documents of a corpus as they are cleaned, those held out left aside.
+
+    Duplicates are among them: what is searched in these texts is found in their twins as well.
+    """
+    cleaner = None if config.clean is None else load_cleaner(config.clean)
     for source in config.train:
         for document in read_documents(source, DroppedLog() if dropped is None else dropped):
-            if not held_out(document, config.validation_share):
-                yield document.text
-
-
-def choose_texts(texts: Iterable[str], max_bytes: int) -> list[str]:
-    """Take about `max_bytes` of text, every document as likely as any other.
-
-    The choice, and its order, depend on the texts alone: those with the lowest hashes are taken.
-    """
-    heap: list[tuple[int, int, str]] = []
-    size = 0
-    for number, text in enumerate(texts):
-        data = text.encode()
-        digest = hashlib.blake2b(data, digest_size=8).digest()
-        heapq.heappush(heap, (-int.from_bytes(digest, "big"), -number, text))
-        size += len(data)
-        while len(heap) > 1 and size - len(heap[0][2].encode()) >= max_bytes:
-            size -= len(heapq.heappop(heap)[2].encode())
-    return [text for _, _, text in sorted(heap, reverse=True)]
-
-
-def encode_corpus(
-    config: PrepareConfig, tokenizer_folder: Path, work: Path, pool: Pool, progress: Progress
-) -> list[Split]:
-    """Read every document, and write the tokens of each split under `work`.
-
-    Raises:
-        DataError: nothing to read, or more broken records than `max_dropped_share`.
-    """
-    splits = {"train": Split("train"), "validation": Split("validation")}
-    work.mkdir(parents=True, exist_ok=True)
-    done = 0
-    tasks = _cut_chunks(config, splits, tokenizer_folder, work)
-    for size in pool.map(encode_chunk, tasks):
-        done += size
-        progress("tokenise documents (bytes)", done, None)
-    train, validation = splits["train"], splits["validation"]
-    _check_dropped(config, [*train.sources, *validation.sources])
-    _check_filled(config, train, validation)
-    return [train, validation] if validation.documents else [train]
-
-
-def _cut_chunks(
-    config: PrepareConfig, splits: dict[str, Split], tokenizer_folder: Path, work: Path
-) -> Iterator[tuple[Path, list[str], Path]]:
-    """Yield the arguments of `encode_chunk`, noting in `splits` what each split receives."""
-    pending = {name: _Pending(split, work) for name, split in splits.items()}
-    for name, source in _all_sources(config):
-        share = config.validation_share if name == "train" else 0.0
-        for document in _account(splits, name, source, share):
-            into = "validation" if share and held_out(document, share) else name
-            full = pending[into].add(document.text)
-            if full:
-                yield tokenizer_folder, *full
-    for rest in pending.values():
-        if rest.texts:
-            yield tokenizer_folder, *rest.take()
-
-
-def _all_sources(config: PrepareConfig) -> list[tuple[str, SourceConfig]]:
-    train = [("train", source) for source in config.train]
-    return train + [("validation", source) for source in config.validation]
-
-
-def _account(
-    splits: dict[str, Split], name: str, source: SourceConfig, share: float
-) -> Iterator[Document]:
-    """Yield the documents of a source, counting each for the split it goes to."""
-    reads = {name: Read(source)}
-    if share:
-        reads["validation"] = Read(source)
-    for into, read in reads.items():
-        splits[into].sources.append(read)
-    content = hashlib.sha256()
-    for document in read_documents(source, reads[name].dropped):
-        data = document.text.encode()
-        read = reads["validation" if share and held_out(document, share) else name]
-        read.documents += 1
-        read.bytes += len(data)
-        read.domains[document.domain] += 1
-        if source.format == "datasets":
-            content.update(f"{len(document.id.encode())} {len(data)}\n{document.id}\n".encode())
-            content.update(data)
-        yield document
-    for read in reads.values():
-        read.content = content.hexdigest()
-
-
-class _Pending:
-    """Texts of one split that do not fill a chunk yet."""
-
-    def __init__(self, split: Split, work: Path) -> None:
-        self.split = split
-        self.work = work
-        self.texts: list[str] = []
-        self._size = 0
-        self._hash = hashlib.blake2b(digest_size=8)
-
-    def add(self, text: str) -> tuple[list[str], Path] | None:
-        """Take a text; return the chunk's texts and file when it is full."""
-        data = text.encode()
-        self.texts.append(text)
-        self._size += len(data)
-        self._hash.update(f"{len(data)}\n".encode())
-        self._hash.update(data)
-        return self.take() if self._size >= CHUNK_BYTES else None
-
-    def take(self) -> tuple[list[str], Path]:
-        """Close the chunk."""
-        number = len(self.split.chunks)
-        file = self.work / f"{self.split.name}-{number:06d}-{self._hash.hexdigest()}"
-        self.split.chunks.append(file)
-        texts = self.texts
-        self.texts, self._size = [], 0
-        self._hash = hashlib.blake2b(digest_size=8)
-        return texts, file
-
-
-def encode_chunk(tokenizer_folder: Path, texts: list[str], file: Path) -> int:
-    """Write the tokens of texts beside `file`, unless they are there; return the bytes of text.
-
-    Two arrays: FILE.lengths.npy, tokens of each text, and then FILE.tokens.npy, all of them.
-    """
-    lengths_file, tokens_file = chunk_files(file)
-    if not tokens_file.is_file():
-        tokenizer = _open_tokenizer(tokenizer_folder)
-        encoded = tokenizer.encode_batch(texts)
-        lengths = np.asarray([len(ids) for ids in encoded], dtype=np.int64)
-        save_array(lengths_file, lengths)
-        save_array(tokens_file, np.concatenate(encoded).astype(token_type(tokenizer.vocab_size)))
-    return sum(len(text.encode()) for text in texts)
+            if held_out(document, config.validation_share):
+                continue
+            result = document if cleaner is None else cleaner.clean(document)
+            if isinstance(result, Document):
+                yield result.text
 
 
 def chunk_files(file: Path) -> tuple[Path, Path]:
-    """Return the two files of a chunk; the second is written last."""
+    """Return the two files of a chunk, lengths and tokens; the second is written last."""
     return file.with_name(file.name + ".lengths.npy"), file.with_name(file.name + ".tokens.npy")
 
 
 def save_array(file: Path, array: np.ndarray) -> None:
     """Write an array so that the file is either absent or whole."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    array = np.ascontiguousarray(array)  # the header tells the order of what is written
+    aside = name_aside(file)
     with aside.open("wb") as stream:
         # Not np.save: on a full disk its error has no number that tells so.
         np.lib.format.write_array_header_1_0(
             stream, np.lib.format.header_data_from_array_1_0(array)
         )
-        stream.write(np.ascontiguousarray(array).data)
+        stream.write(array.data)
         stream.flush()
         os.fsync(stream.fileno())
     aside.rename(file)
@@ -228,31 +179,3 @@ def save_array(file: Path, array: np.ndarray) -> None:
 @lru_cache(maxsize=1)
 def _open_tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer.load(folder)
-
-
-def _check_dropped(config: PrepareConfig, reads: list[Read]) -> None:
-    dropped = sum(read.dropped.total for read in reads)
-    records = dropped + sum(read.documents for read in reads)
-    if dropped > config.max_dropped_share * records:
-        examples = [example for read in reads for example in read.dropped.examples]
-        raise DataError(
-            f"{dropped} of {records} records are broken, more than the share of "
-            f"{config.max_dropped_share:g} that is allowed:\n  " + "\n  ".join(examples[:10]),
-            where=", ".join(read.source.path for read in reads if read.dropped.total),
-            fix="repair them, or raise max_dropped_share",
-        )
-
-
-def _check_filled(config: PrepareConfig, train: Split, validation: Split) -> None:
-    if not train.documents:
-        raise DataError(
-            "the corpus holds no documents",
-            where=", ".join(source.path for source in config.train),
-            fix="look at text_key, domains and validation_share, and at the files themselves",
-        )
-    if (config.validation or config.validation_share) and not validation.documents:
-        raise DataError(
-            "the validation split holds no documents",
-            where=", ".join(s.path for s in config.validation) or "validation_share",
-            fix="name validation sources that hold text, or raise validation_share",
-        )

@@ -17,7 +17,7 @@ from itertools import count
 from pathlib import Path
 
 from shoal.configs.corpus import PrepareConfig
-from shoal.data_pipeline import tokens
+from shoal.data_pipeline import pieces
 from shoal.data_pipeline.mds import import_streaming
 from shoal.data_pipeline.proof import verify
 from shoal.data_pipeline.shards import prepare
@@ -71,7 +71,7 @@ def main() -> None:
     """Kill at one moment after another until one is never reached; then over and over."""
     config_file, reference, folder, stride = sys.argv[1:]
     tree = json.loads(Path(config_file).read_text())
-    tokens.CHUNK_BYTES = 12_000  # several chunks
+    pieces.MIN_PIECE_BYTES = 12_000  # several chunks
     import_streaming()
 
     def attempt(output: Path, kill_before: int | None = None) -> bool:

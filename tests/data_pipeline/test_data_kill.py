@@ -19,11 +19,11 @@ PREPARE = """
 import sys
 from pathlib import Path
 from shoal.configs.corpus import PrepareConfig
-from shoal.data_pipeline import tokens
+from shoal.data_pipeline import pieces
 from shoal.data_pipeline.shards import prepare
 
 if __name__ == "__main__":
-    tokens.CHUNK_BYTES = 4000
+    pieces.MIN_PIECE_BYTES = 4000
     config = PrepareConfig.model_validate_json(Path(sys.argv[1]).read_text())
     prepare(config, lambda what, done, total: print(what, flush=True))
 """

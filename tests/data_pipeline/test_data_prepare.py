@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from shoal.configs.errors import DataError
-from shoal.data_pipeline import tokens
+from shoal.data_pipeline import pieces, tokens
 from shoal.data_pipeline.manifest import hash_file, read_manifest
 from shoal.data_pipeline.mds import import_streaming
 from shoal.data_pipeline.proof import verify
@@ -99,7 +99,7 @@ def test_streaming_reads_equal_rows(compression, prepared, make_config, tmp_path
 
 
 def test_chunks_do_not_show(make_config, prepared, tree, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokens, "CHUNK_BYTES", 1500)
+    monkeypatch.setattr(pieces, "MIN_PIECE_BYTES", 1500)
     assert tree(prepare(make_config(tmp_path / "c")).output) == tree(prepared.output)
 
 

@@ -110,6 +110,22 @@ def test_folder_is_read_in_order_of_names(tmp_path, lines):
     assert read(tmp_path, format="text")[0] == [("notes.md", "A note.", "")]
 
 
+def test_a_folder_that_may_not_be_looked_into_is_not_passed_over(tmp_path, lines, monkeypatch):
+    lines(tmp_path / "closed" / "x.jsonl", RECORDS)
+    lines(tmp_path / "y.jsonl", RECORDS)
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match="Permission denied") as caught:
+        read(tmp_path)
+    assert caught.value.where == str(tmp_path / "closed")
+
+
 def test_text_folder_names_documents_by_path(tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "one.txt").write_bytes(b"\xef\xbb\xbfFirst\r\nline")
@@ -225,7 +241,7 @@ def test_nothing_there(name, tmp_path):
     assert caught.value.exit_code == 3
 
 
-@pytest.mark.parametrize("name", ["x.csv", "x.csv.gz", "README"])
+@pytest.mark.parametrize("name", ["x.xml", "x.xml.gz", "README"])
 def test_unknown_format(name, tmp_path):
     (tmp_path / name).write_text("a,b\n")
     with pytest.raises(DataError, match="unknown format") as caught:
