@@ -50,12 +50,19 @@ Export = Annotated[Path, typer.Argument(help="Folder of an export or a Hugging F
 
 
 @app.command(rich_help_panel="Do")
-def prepare(config: Config, overrides: Overrides = None) -> None:
+def prepare(
+    config: Config,
+    overrides: Overrides = None,
+    report: Annotated[
+        bool,
+        typer.Option("--report", help="Write OUTPUT/report.html: read, removed, packed."),
+    ] = False,
+) -> None:
     """Turn a corpus into a tokenizer and shards.
 
     What exists is not done again; after a kill the same command goes on.
 
-    [dim]shoal prepare corpus.yaml[/dim]
+    [dim]shoal prepare corpus.yaml --report[/dim]
     [dim]shoal prepare corpus.yaml output=data/mine train.0.path=my/*.jsonl.gz context=512[/dim]
     """
     from shoal.configs.corpus import PrepareConfig
@@ -69,6 +76,10 @@ def prepare(config: Config, overrides: Overrides = None) -> None:
     for folder in (prepared.train, prepared.validation):
         if folder is not None:
             show(shards_table(folder))
+    if report:
+        from shoal.launcher.corpus_report import write_corpus_report
+
+        print(f"report: {write_corpus_report(prepared.output)}")
 
 
 @app.command(rich_help_panel="Do")
