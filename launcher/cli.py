@@ -79,7 +79,7 @@ def prepare(
     if report:
         from shoal.launcher.corpus_report import write_corpus_report
 
-        print(f"report: {write_corpus_report(prepared.output)}")
+        print(f"report: {write_corpus_report(prepared.output, loaded.name)}")
 
 
 @app.command(rich_help_panel="Do")

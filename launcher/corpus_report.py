@@ -24,6 +24,8 @@ REPORT = "report.html"
 EXAMPLES = 5
 PAIRS = 12
 """Near-duplicate pairs that are shown, the least alike first: there a mistake would be."""
+DOMAINS = 30
+"""Domains that are shown, the largest."""
 MATCH_CHARACTERS = 300
 STEPS = {
     "gopher_quality": "Gopher quality",
@@ -72,6 +74,11 @@ class SplitView:
         return [(step, rule, count) for _, _, step, rule, count in sorted(rows)]
 
     @property
+    def domains(self) -> list[tuple[str, int]]:
+        """Domain labels and their documents, the largest first."""
+        return sorted(self.manifest.domains.items(), key=lambda pair: (-pair[1], pair[0]))
+
+    @property
     def bars(self) -> list[Bar]:
         """The histogram of document lengths."""
         return draw_bars({int(size): count for size, count in self.manifest.lengths.items()})
@@ -118,8 +125,12 @@ def _name_size(tokens: int) -> str:
     return str(tokens)
 
 
-def write_corpus_report(output: Path) -> Path:
+def write_corpus_report(output: Path, name: str) -> Path:
     """Write the page into the folder of a prepared corpus; an older page there is replaced.
+
+    Args:
+        output: The folder, or that of the receipt of one behind a URL.
+        name: What the page calls the corpus.
 
     Returns:
         The page.
@@ -131,18 +142,20 @@ def write_corpus_report(output: Path) -> Path:
 
     page = output / REPORT
     aside = output / f".{REPORT}.new"
-    write_durable(aside, render_corpus(output))
+    write_durable(aside, render_corpus(output, name))
     aside.replace(page)
     return page
 
 
-def render_corpus(output: Path) -> str:
+def render_corpus(output: Path, name: str) -> str:
     """Return the page of a corpus: one file, no script, no outside resource.
 
     Raises:
         DataError: no corpus there, or a manifest or list that was altered.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    from shoal.data_pipeline.pieces import TRAIN, VALIDATION
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -159,10 +172,11 @@ def render_corpus(output: Path) -> str:
         clip=_clip,
         yaml=_dump_yaml,
     )
-    names = [name for name in ("train", "validation") if (output / name).is_dir()]
-    splits = [view_split(output / name) for name in names or ["train"]]
+    splits = [view_split(output / TRAIN)]
+    if (output / VALIDATION).is_dir():
+        splits.append(view_split(output / VALIDATION))
     page = environment.get_template("corpus.html.jinja")
-    return page.render(corpus=splits[0].manifest.config, output=output, splits=splits)
+    return page.render(name=name, output=output, splits=splits, DOMAINS=DOMAINS)
 
 
 def view_split(folder: Path) -> SplitView:
