@@ -95,8 +95,15 @@ class Tokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
         """Learn byte-level BPE merges (Sennrich et al. 2016; bytes as in GPT-2) from texts.
 
-        The result may have fewer than `vocab_size` entries where texts are few. Its last id is the
-        end-of-text token.
+        Pairs are counted over all texts and ties broken by symbol, so neither the order of the
+        texts nor the number of threads changes a merge. The last id is the end-of-text token.
+
+        Args:
+            texts: What to learn from; read once, never held in memory as a whole.
+            vocab_size: Entries of the result, exactly: 256 bytes, the merges, the end of text.
+
+        Raises:
+            DataError: the texts hold too few pairs to merge for so many entries.
         """
         import tokenizers
         from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -111,12 +118,20 @@ class Tokenizer:
         )
         backend.train_from_iterator(texts, trainer)
         backend.add_special_tokens([END_OF_TEXT])
+        found = backend.get_vocab_size()
+        if found != vocab_size:
+            raise DataError(
+                f"the text is too small for a tokenizer of {vocab_size:,} entries: its words are "
+                f"whole tokens after {found - 257:,} merges, which make {found:,} entries",
+                where="tokenizer.vocab_size",
+                fix=f"lower the vocabulary to {found}, or give more text",
+            )
         return cls(backend, END_OF_TEXT)
 
     @property
     def vocab_size(self) -> int:
         """One more than the highest id."""
-        return len(self._pieces)
+        return len(self.pieces)
 
     @property
     def is_fast(self) -> bool:
@@ -144,11 +159,11 @@ class Tokenizer:
     def token_bytes(self) -> np.ndarray:
         """UTF-8 bytes of text each id stands for, special tokens for none.  # (vocab,) int64"""
         special = {t["id"] for t in self._tree["added_tokens"] if t["special"]} | {self.eot_id}
-        sizes = [0 if i in special else len(piece) for i, piece in enumerate(self._pieces)]
+        sizes = [0 if i in special else len(piece) for i, piece in enumerate(self.pieces)]
         return np.asarray(sizes, dtype=np.int64)
 
     @cached_property
-    def _pieces(self) -> list[bytes]:
+    def pieces(self) -> list[bytes]:
         """Bytes of every id; ids that no token has are empty."""
         symbols = _byte_symbols()
         added = {token["content"] for token in self._tree["added_tokens"]}
@@ -169,7 +184,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids; bytes that form no UTF-8 become the replacement character."""
-        pieces = self._pieces
+        pieces = self.pieces
         return b"".join(pieces[int(i)] for i in ids).decode("utf-8", errors="replace")
 
     def save(self, folder: Path) -> None:

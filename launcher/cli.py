@@ -11,6 +11,7 @@ import typer
 from shoal.configs.errors import ShoalError
 from shoal.launcher.commands import Shown
 from shoal.launcher.shards_cli import shards_app
+from shoal.launcher.tokenizer_cli import tokenizer_app
 
 app = typer.Typer(
     help="Give Shoal a corpus and an inference budget; it trains every candidate that fits and "
@@ -24,6 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(shards_app, name="shards", rich_help_panel="Look")
+app.add_typer(tokenizer_app, name="tokenizer", rich_help_panel="Look")
 
 Precision = Literal["fp32", "bf16", "int8", "int4"]
 Trained = Literal["fp32", "bf16"]
@@ -48,12 +50,19 @@ Export = Annotated[Path, typer.Argument(help="Folder of an export or a Hugging F
 
 
 @app.command(rich_help_panel="Do")
-def prepare(config: Config, overrides: Overrides = None) -> None:
+def prepare(
+    config: Config,
+    overrides: Overrides = None,
+    report: Annotated[
+        bool,
+        typer.Option("--report", help="Write OUTPUT/report.html: read, removed, packed."),
+    ] = False,
+) -> None:
     """Turn a corpus into a tokenizer and shards.
 
     What exists is not done again; after a kill the same command goes on.
 
-    [dim]shoal prepare corpus.yaml[/dim]
+    [dim]shoal prepare corpus.yaml --report[/dim]
     [dim]shoal prepare corpus.yaml output=data/mine train.0.path=my/*.jsonl.gz context=512[/dim]
     """
     from shoal.configs.corpus import PrepareConfig
@@ -67,6 +76,10 @@ def prepare(config: Config, overrides: Overrides = None) -> None:
     for folder in (prepared.train, prepared.validation):
         if folder is not None:
             show(shards_table(folder))
+    if report:
+        from shoal.launcher.corpus_report import write_corpus_report
+
+        print(f"report: {write_corpus_report(prepared.output, loaded.name)}")
 
 
 @app.command(rich_help_panel="Do")

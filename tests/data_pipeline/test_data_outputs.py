@@ -73,7 +73,7 @@ def test_changed_tokenizer_is_refused(make_config, prepared, tmp_path):
     assert Tokenizer.load(done.tokenizer).fingerprint == Tokenizer.load(
         prepared.tokenizer
     ).fingerprint  # fmt: skip
-    Tokenizer.train(["other words"], 300).save(tmp_path / "given")
+    Tokenizer.train(["other words"], 260).save(tmp_path / "given")
     with pytest.raises(ConfigError, match="files of the tokenizer or a source changed"):
         prepare(config)
     shutil.rmtree(tmp_path / "given")
@@ -125,7 +125,7 @@ def test_stale_work_on_this_output_is_removed(make_config, tmp_path):
 
 def test_replaced_tokenizer_is_no_prepared_corpus(make_config, prepared, tmp_path):
     shutil.copytree(prepared.output, tmp_path / "c")
-    Tokenizer.train(["other words"], 320).save(tmp_path / "c" / "tokenizer")
+    Tokenizer.train(["other words"], 260).save(tmp_path / "c" / "tokenizer")
     with pytest.raises(DataError, match="not the one the shards were written with") as caught:
         prepare(make_config(tmp_path / "c"))
     assert caught.value.where == str(tmp_path / "c" / "tokenizer")

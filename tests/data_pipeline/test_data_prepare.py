@@ -163,9 +163,13 @@ def test_validation_share_is_disjoint_and_stable(make_config, lines, records, tm
     for name, count in (("small", 60), ("large", 200)):
         documents = [{"id": r["id"], "text": f"{r['id']}."} for r in records(count)]
         file = lines(tmp_path / f"{name}.jsonl", reversed(documents))
-        done = prepare(
-            make_config(tmp_path / name, train=[{"path": str(file)}], validation_share=0.25)
+        config = make_config(
+            tmp_path / name,
+            train=[{"path": str(file)}],
+            validation_share=0.25,
+            tokenizer={"vocab_size": 262},
         )
+        done = prepare(config)
         tokenizer = Tokenizer.load(done.tokenizer)
         splits.append([set(read_back(f, tokenizer)) for f in (done.train, done.validation)])
         assert not splits[-1][0] & splits[-1][1]

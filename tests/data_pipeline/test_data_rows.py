@@ -69,7 +69,7 @@ def swap_ids(tokenizer):
 REPLACEMENTS = {
     "other": (swap_ids, "not the one the shards were written with"),
     "trained": (
-        lambda tokenizer: Tokenizer.train(["ab ab " * 9], 320).save(tokenizer),
+        lambda tokenizer: Tokenizer.train(["ab ab " * 9], 259).save(tokenizer),
         "not the one the shards were written with",
     ),
     "broken": (lambda t: (t / "tokenizer.json").write_text("{"), "cannot be loaded: not a tok"),

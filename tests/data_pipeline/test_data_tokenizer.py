@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -73,10 +77,38 @@ def test_training(trained):
     assert trained.is_fast
 
 
-def test_training_on_few_words_makes_fewer_entries():
-    small = Tokenizer.train(["ab ab"], 1000)
-    assert 257 < small.vocab_size < 270
-    assert small.eot_id == small.vocab_size - 1
+def test_training_on_few_words_names_the_size_that_they_allow():
+    with pytest.raises(DataError, match="too small for a tokenizer of 1,000 entries") as caught:
+        Tokenizer.train(["ab ab"], 1000)
+    size = int(caught.value.fix.split("vocabulary to ")[1].split(",")[0])
+    assert 257 < size < 270
+    small = Tokenizer.train(["ab ab"], size)
+    assert small.vocab_size == size
+    assert small.eot_id == size - 1
+
+
+TRAIN = """
+import json, sys
+from shoal.data_pipeline.tokenizer import Tokenizer
+texts = json.load(open(sys.argv[1]))
+if sys.argv[2] == "reversed":
+    texts.reverse()
+print(Tokenizer.train(texts, 600)._backend.to_str())
+"""
+
+
+def test_training_is_the_same_for_any_threads_and_order(tmp_path):
+    """Ties are many in so little text of so few letters: a choice by chance would show."""
+    file = tmp_path / "texts.json"
+    chooser = random.Random(0)
+    file.write_text(json.dumps(["".join(chooser.choices("abcde ", k=80)) for _ in range(60)]))
+    made = set()
+    for threads, order in (("1", "as given"), ("4", "as given"), ("3", "reversed")):
+        env = os.environ | {"RAYON_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "true"}
+        command = [sys.executable, "-c", TRAIN, str(file), order]
+        made.add(subprocess.run(command, env=env, check=True, capture_output=True).stdout)
+    (same,) = made
+    assert len(json.loads(same)["model"]["vocab"]) == 599  # the end of text is an added token
 
 
 @pytest.mark.parametrize("name", ["", "tokenizer.json"])
@@ -151,7 +183,7 @@ def test_long_runs_do_not_break_the_fast_path(text, trained):
 def test_bytes_that_are_no_character_decode_to_the_replacement(trained):
     ids = trained.encode_batch(["神"])[0]
     if len(ids) == 1:
-        ids = np.asarray([trained._pieces.index(b"\xe7")])
+        ids = np.asarray([trained.pieces.index(b"\xe7")])
     assert trained.decode(ids[:1]) == "\ufffd"
 
 
