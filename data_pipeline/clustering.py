@@ -175,6 +175,8 @@ class _Making:
                 self._assign(corpus, embed, run)
         for name in (_VECTORS, _ASSIGNED, _LOGS):
             shutil.rmtree(self.work / name, ignore_errors=True)
+        for file in self.work.rglob(".*"):  # what a killed process was writing
+            file.unlink()
         write_whole(self.work / MANIFEST, self._describe(inertia).to_json())
 
     def _fit_embedder(self) -> Embed:
