@@ -156,7 +156,7 @@ def _check_same_rows(rows: Rows, loader: Loader, peer: StreamingPeer) -> None:
     """Check that an epoch of either holds the rows of the shards, each once."""
     import numpy as np
 
-    stored = rows.gather(np.arange(len(rows)))[0].astype(np.uint32)
+    stored = rows.gather(np.arange(len(rows))).tokens.astype(np.uint32)
     theirs = np.stack([sample["tokens"] for sample in peer.dataset]).astype(np.uint32)
     check_equal("rows of StreamingDataset", _sort_rows(theirs), _sort_rows(stored))
     steps = len(rows) // BATCH_ROWS
@@ -187,7 +187,7 @@ def measure_gather(train: Path, folder: Path, rounds: int) -> Claim:
     loader = _make_loader(rows)
     steps = OUR_EPOCHS * len(rows) // BATCH_ROWS
     flat = folder / "flat.npy"
-    np.save(flat, rows.gather(np.arange(len(rows)))[0].astype(rows.manifest.dtype))
+    np.save(flat, rows.gather(np.arange(len(rows))).tokens.astype(rows.manifest.dtype))
     matrix = np.load(flat, mmap_mode="r")  # (rows, context + 1)
     orders = [
         order
@@ -228,7 +228,7 @@ def measure_resume(train: Path, rounds: int) -> Claim:
 
     rows = Rows.open(train)
     for batch in read(FAR_STEP):
-        tokens, _ = rows.gather(np.asarray(batch.row_ids))
+        tokens = rows.gather(np.asarray(batch.row_ids)).tokens
         check_equal("inputs at a far step", batch.inputs, tokens[:, :-1])
     turns = take_turns(
         lambda: 1e3 * time_call(lambda: read(FAR_STEP)),
@@ -305,7 +305,7 @@ def measure_converter(corpus: Corpus, rounds: int) -> Claim:
     turns = take_turns(lambda: corpus.time_ours(1), time_peer, rounds, warm_up=0)
     rows = corpus.open_ours()
     theirs = read_mds(corpus.folder / "converted")
-    check_equal("rows of the converter", theirs, rows.gather(np.arange(len(rows)))[0])
+    check_equal("rows of the converter", theirs, rows.gather(np.arange(len(rows))).tokens)
     name = "prepare against a per-document converter, one process each"
     return Claim.from_turns(name, "tokens/s", turns, Target(">=", 10), corpus.describe(1))
 

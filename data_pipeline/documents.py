@@ -49,3 +49,19 @@ class DroppedLog:
     def examples(self) -> list[str]:
         """The first few, one line each."""
         return [f"{place}: {reason}" for place, reason in self.places[:EXAMPLES]]
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A document that cleaning took out, and why."""
+
+    id: str
+    source: str
+    domain: str
+    reason: str
+    """The filter and its rule, `gopher_quality: too few words`, or `decontamination`,
+    `exact_duplicate`, `near_duplicate`."""
+    match: str
+    """What exactly: the value and the threshold, the words and the evaluation set, the twin."""
+    similarity: float | None = None
+    """True Jaccard similarity to the twin, of near duplicates."""

@@ -120,7 +120,7 @@ def _glob_local(pattern: Path) -> tuple[Path, list[Path]]:
 
 def _local_facts(path: Path, name: str) -> FileFacts:
     facts = path.stat()
-    return FileFacts(str(path), name, facts.st_size, f"{facts.st_size} {facts.st_mtime_ns}")
+    return FileFacts(str(path), name, facts.st_size, f"{facts.st_size} mtime={facts.st_mtime_ns}")
 
 
 def _find_remote(url: str) -> Found:
@@ -166,7 +166,7 @@ def _remote_facts(url: str, name: str, facts: dict[str, Any]) -> FileFacts:
     size = facts.get("size")
     if size is None:
         raise DataError("its server does not tell its size", where=url, fix="download it first")
-    known = next((str(facts[key]) for key in _STAMPS if facts.get(key)), "")
+    known = next((f"{key}={facts[key]}" for key in _STAMPS if facts.get(key)), "").replace('"', "")
     return FileFacts(url, name, int(size), f"{size} {known}" if known else "")
 
 
@@ -188,6 +188,20 @@ def stat(path: str | Path) -> FileFacts:
     if not found:
         raise DataError("no such file", where=redact(str(path)))
     return found[0]
+
+
+def is_changed(path: str, stamp: str) -> bool:
+    """Whether a file is another one than when it had a stamp, as far as its storage tells.
+
+    Raises:
+        DataError: it is gone, or the storage cannot be reached.
+    """
+    (size, _, known), (size_now, _, known_now) = (
+        one.partition(" ") for one in (stamp, stat(path).stamp)
+    )
+    # A driver may tell other things of a file than of a listing: only the same thing compares.
+    alike = known.partition("=")[0] == known_now.partition("=")[0]
+    return bool(size and size_now) and (size != size_now or (alike and known != known_now))
 
 
 def exists(path: str | Path) -> bool:

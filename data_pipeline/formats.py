@@ -14,6 +14,7 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,7 +23,7 @@ from pydantic_core import from_json
 from shoal.configs.corpus import SourceConfig
 from shoal.configs.errors import DataError
 from shoal.data_pipeline.documents import DroppedLog
-from shoal.data_pipeline.files import BUFFER_BYTES, open_file
+from shoal.data_pipeline.files import BUFFER_BYTES, is_url, open_file
 
 KNOWN = ".jsonl, .ndjson, .json, .parquet, .csv, .tsv, .txt or .md files (.gz and .zst too)"
 
@@ -208,9 +209,9 @@ def _read_parquet(stretch: Stretch, source: SourceConfig, dropped: DroppedLog) -
             _check_columns(known, source, file.path)
             columns = [key for key in dict.fromkeys(keys) if key in known]
             last = table.num_row_groups if stretch.last is None else stretch.last
-            groups = list(range(stretch.first, last))
+            batches = (table.iter_batches(256, [i], columns) for i in range(stretch.first, last))
             number = stretch.first_line - 1
-            for batch in table.iter_batches(256, groups, columns):
+            for batch in chain.from_iterable(batches):  # all at once would be fetched ahead at once
                 for record in _to_records(batch):
                     number += 1
                     place = f"{file.name}:{number}"
@@ -231,7 +232,9 @@ def open_parquet(path: str) -> Iterator[Any]:
     """
     import pyarrow.parquet
 
-    with open_file(path) as raw, pyarrow.parquet.ParquetFile(raw) as table:
+    # Fetched ahead, a row group costs memory but no second request; a disk needs neither.
+    settings = {"pre_buffer": is_url(path), "buffer_size": BUFFER_BYTES}
+    with open_file(path) as raw, pyarrow.parquet.ParquetFile(raw, **settings) as table:
         yield table
 
 

@@ -14,7 +14,7 @@ import torch
 from shoal.configs.errors import ConfigError
 from shoal.data_pipeline.batch import IGNORE, PADDING_ROW, Batch
 from shoal.data_pipeline.mixture import Mixture, permute
-from shoal.data_pipeline.packing import find_targets
+from shoal.data_pipeline.packing import RowBatch
 from shoal.data_pipeline.rows import Rows, check_alike
 
 
@@ -98,14 +98,13 @@ class Loader:
         return [self._read(numbers) for numbers in np.split(mine, cuts)]
 
     def _read(self, numbers: np.ndarray) -> Batch:
-        tokens, segments = empty_rows(self.streams[0], len(numbers))
+        batch = empty_rows(self.streams[0], len(numbers))
         of_row = np.searchsorted(self._offsets, numbers, side="right") - 1
         for stream in np.unique(of_row[numbers >= 0]):
             here = np.flatnonzero((of_row == stream) & (numbers >= 0))
             rows = self.streams[stream]
-            tokens[here], segments[here] = rows.gather(numbers[here] - self._offsets[stream])
-        eot = self.streams[0].manifest.eot_id
-        return make_batch(tokens, segments, numbers, eot, self.document_mask)
+            fill_rows(batch, here, rows.gather(numbers[here] - self._offsets[stream]))
+        return make_batch(batch, numbers, self.document_mask)
 
 
 def deal_rows(batch_rows: int, micro_batch_rows: int, num_ranks: int) -> tuple[int, ...]:
@@ -117,22 +116,29 @@ def deal_rows(batch_rows: int, micro_batch_rows: int, num_ranks: int) -> tuple[i
     return (micro_batch_rows,) * full + (rest,) * (rest > 0)
 
 
-def empty_rows(rows: Rows, count: int) -> tuple[np.ndarray, np.ndarray]:
+def empty_rows(rows: Rows, count: int) -> RowBatch:
     """Return padded rows: end-of-text tokens throughout, which count for nothing."""
     context = rows.manifest.context
-    tokens = np.full((count, context + 1), rows.manifest.eot_id, dtype=np.int64)
-    return tokens, np.zeros((count, context), dtype=np.int32)
+    return RowBatch(
+        tokens=np.full((count, context + 1), rows.manifest.eot_id, dtype=np.int64),
+        segments=np.zeros((count, context), dtype=np.int32),
+        targets=np.full((count, context), IGNORE, dtype=np.int64),
+    )
 
 
-def make_batch(
-    tokens: np.ndarray, segments: np.ndarray, numbers: np.ndarray, eot: int, document_mask: bool
-) -> Batch:
+def fill_rows(batch: RowBatch, places: np.ndarray, rows: RowBatch) -> None:
+    """Put rows into the places of a batch."""
+    batch.tokens[places] = rows.tokens
+    batch.segments[places] = rows.segments
+    batch.targets[places] = rows.targets
+
+
+def make_batch(rows: RowBatch, numbers: np.ndarray, document_mask: bool) -> Batch:
     """Turn rows into the tensors of a batch."""
-    if not document_mask:
-        segments = np.zeros_like(segments)
+    segments = rows.segments if document_mask else np.zeros_like(rows.segments)
     return Batch(
-        inputs=torch.from_numpy(tokens[:, :-1].copy()),
-        targets=torch.from_numpy(find_targets(tokens, eot)),
+        inputs=torch.from_numpy(rows.tokens[:, :-1].copy()),
+        targets=torch.from_numpy(rows.targets.copy()),
         segments=torch.from_numpy(segments),
         row_ids=torch.from_numpy(numbers.copy()),
     )
@@ -166,8 +172,7 @@ def validation_batches(
     per_rank = -(-count // num_ranks)
     text_bytes = 0
     for first in range(0, count, micro_batch_rows):
-        tokens, _ = rows.gather(numbers[first : first + micro_batch_rows])
-        targets = find_targets(tokens, rows.manifest.eot_id)
+        targets = rows.gather(numbers[first : first + micro_batch_rows]).targets
         text_bytes += int(token_bytes[targets[targets != IGNORE]].sum())
     padded = np.full(per_rank * num_ranks, PADDING_ROW, dtype=np.int64)
     padded[:count] = numbers
@@ -193,8 +198,7 @@ class _ValidationBatches(Sequence[Batch]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         numbers = self._parts[index]
-        tokens, segments = empty_rows(self._rows, len(numbers))
+        batch = empty_rows(self._rows, len(numbers))
         real = np.flatnonzero(numbers >= 0)
-        tokens[real], segments[real] = self._rows.gather(numbers[real])
-        eot = self._rows.manifest.eot_id
-        return make_batch(tokens, segments, numbers, eot, self._document_mask)
+        fill_rows(batch, real, self._rows.gather(numbers[real]))
+        return make_batch(batch, numbers, self._document_mask)

@@ -1,14 +1,15 @@
-"""The manifest: what a folder of shards holds, what it was made from, and proof of both."""
+"""The manifest: what a folder of shards holds and what it was made from."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shoal.configs.errors import ConfigError, DataError
 from shoal.data_pipeline.tokenizer import Tokenizer
@@ -17,10 +18,17 @@ MANIFEST = "manifest.json"
 INDEX = "index.json"
 COUNTS = "counts.npy"
 DROPPED = "dropped.jsonl"
+REMOVED = "removed.jsonl"
+"""Documents that cleaning took out, with reason and match; where there was cleaning."""
 TOKENIZER = "tokenizer"
 """The folder beside the splits."""
 
-_REMAKE = "prepare the corpus again, or take the folder from a good copy"
+SCHEMA = 2
+"""Of manifests and rows: 1 had rows of tokens alone, whose documents were found by end of text."""
+
+_Number = Annotated[int, Field(ge=0)]
+
+REMAKE = "prepare the corpus again, or take the folder from a good copy"
 
 
 class _Facts(BaseModel):
@@ -54,17 +62,52 @@ class ShardFacts(_Facts):
     """One shard: the file on disk, and its content once unpacked."""
 
     file: str
-    bytes: int
+    bytes: _Number
     sha256: str
-    rows: int
-    raw_bytes: int
+    rows: _Number
+    raw_bytes: _Number
     raw_sha256: str
+
+
+class PackingFacts(_Facts):
+    """How documents became rows, and what that wastes."""
+
+    method: Literal["concatenate", "best_fit", "window"]
+    separator: str
+    rows: _Number
+    tokens: _Number
+    """Targets in all rows."""
+    padding_tokens: _Number
+    """Inputs of all rows that are filling."""
+    cut_documents: int | None
+    """Documents whose inputs lie in more than one row; None where that is not known."""
+
+    @property
+    def padding_share(self) -> float:
+        """Share of what a model is given that is filling."""
+        inputs = self.padding_tokens + self.tokens
+        return self.padding_tokens / inputs if inputs else 0.0
+
+
+class CleaningFacts(_Facts):
+    """What was done to the documents before they were tokenised; see removed.jsonl."""
+
+    documents_read: int
+    bytes_read: int
+    documents_kept: int
+    bytes_kept: int
+    removed: dict[str, int]
+    """Documents by the reason they were removed for."""
+    changed: dict[str, int]
+    """What was changed in those that stayed, by kind."""
+    evaluation_sets: dict[str, str]
+    """SHA-256 of what the documents were compared with, by its path."""
 
 
 class Manifest(_Facts):
     """What one split of prepared shards is."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = SCHEMA
     prepare_key: str
     """Of everything that determines these bytes; see `shards.prepare`."""
     rows: int
@@ -85,8 +128,14 @@ class Manifest(_Facts):
     config: dict[str, Any]
     sources: tuple[SourceFacts, ...]
     dropped: DroppedFacts
+    packing: PackingFacts
+    cleaning: CleaningFacts | None = None
     domains: dict[str, int]
-    """Documents of each domain label."""
+    """Documents of each domain label; empty where a part of other shards was taken."""
+    lengths: dict[str, int] = {}
+    """Documents by tokens: 64 stands for 64 to 127; of whole documents, however they were cut."""
+    derived_from: tuple[str, ...] = ()
+    """`shards_hash` of the shards whose rows these are, where they were not packed anew."""
     shards: tuple[ShardFacts, ...]
     files: dict[str, str]
     """SHA-256 of every other file of the folder."""
@@ -123,6 +172,8 @@ def read_manifest(folder: str | Path) -> Manifest:
         DataError: no manifest, not ours, altered, or of another schema version.
     """
     file = Path(folder) / MANIFEST
+    if file.is_symlink():
+        raise DataError("is a link, not a file", where=file, fix=REMAKE)
     if not file.is_file():
         raise DataError(
             "no shards there: manifest.json is missing",
@@ -132,55 +183,32 @@ def read_manifest(folder: str | Path) -> Manifest:
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
         stated = tree.pop("manifest_sha256")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DataError(f"not a manifest of shards: {error!r}", where=file, fix=_REMAKE) from None
-    if tree.get("schema_version") != 1:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise DataError(f"not a manifest of shards: {error!r}", where=file, fix=REMAKE) from None
+    if tree.get("schema_version") != SCHEMA:
         raise DataError(
-            f"has schema version {tree.get('schema_version')!r}; this Shoal reads 1", where=file
+            f"has schema version {tree.get('schema_version')!r}; this Shoal reads {SCHEMA}",
+            where=file,
+            fix="prepare the corpus again with this version, into another output",
         )
     if _hash_tree(tree) != stated:
-        raise DataError("was altered after it was written", where=file, fix=_REMAKE)
+        raise DataError("was altered after it was written", where=file, fix=REMAKE)
     try:
         manifest = Manifest.model_validate(tree)
     except ValidationError as error:
         raise DataError(f"not a manifest of shards: {error}", where=file) from None
-    for shard in manifest.shards:
-        if Path(shard.file).name != shard.file or shard.file.startswith("."):
-            raise DataError(f"names a shard outside its folder: {shard.file!r}", where=file)
+    _check_names(manifest, file)
     return manifest
 
 
-def verify(folder: str | Path) -> Manifest:
-    """Read every byte of a folder of shards and check it against the manifest.
-
-    Returns:
-        The manifest, now proven.
-
-    Raises:
-        DataError: names the first file that is missing, cut, altered, or not listed, or the
-            tokenizer beside the shards where it is another one.
-    """
-    folder = Path(folder)
-    manifest = read_manifest(folder)
-    for shard in manifest.shards:
-        check_shard(folder, shard)
-    for name, expected in manifest.files.items():
-        file = folder / name
-        if not file.is_file():
-            raise DataError("is missing", where=file, fix=_REMAKE)
-        if hash_file(file) != expected:
-            raise DataError("was altered after it was written", where=file, fix=_REMAKE)
-    listed = {shard.file for shard in manifest.shards} | {MANIFEST} | set(manifest.files)
-    for file in sorted(folder.iterdir()):
-        if file.name not in listed:
-            raise DataError("is in the folder but not in its manifest", where=file)
-    rows = sum(shard.rows for shard in manifest.shards)
-    if rows != manifest.rows or hash_shards([s.raw_sha256 for s in manifest.shards]) != (
-        manifest.shards_hash
-    ):
-        raise DataError("its counts do not agree with its shards", where=folder / MANIFEST)
-    check_tokenizer(folder, manifest)
-    return manifest
+def _check_names(manifest: Manifest, where: Path) -> None:
+    """Refuse names that lead out of the folder, or stand for two files."""
+    names = [shard.file for shard in manifest.shards]
+    for name in (*names, *manifest.files):
+        if Path(name).name != name or name.startswith(".") or "\\" in name or "\0" in name:
+            raise DataError(f"names a file outside its folder: {name!r}", where=where)
+    if len({*names, *manifest.files, MANIFEST}) != len(names) + len(manifest.files) + 1:
+        raise DataError("names a file twice", where=where)
 
 
 def check_shard(folder: Path, shard: ShardFacts) -> None:
@@ -191,14 +219,17 @@ def check_shard(folder: Path, shard: ShardFacts) -> None:
     """
     file = folder / shard.file
     try:
-        size = file.stat().st_size
+        found = file.lstat()
     except OSError:
-        raise DataError("shard is missing", where=file, fix=_REMAKE) from None
+        raise DataError("shard is missing", where=file, fix=REMAKE) from None
+    if not stat.S_ISREG(found.st_mode):
+        raise DataError("shard is a link or a folder, not a file", where=file, fix=REMAKE)
+    size = found.st_size
     if size != shard.bytes:
-        raise DataError(f"shard has {size} bytes instead of {shard.bytes}", where=file, fix=_REMAKE)
+        raise DataError(f"shard has {size} bytes instead of {shard.bytes}", where=file, fix=REMAKE)
     if hash_file(file) != shard.sha256:
         raise DataError(
-            "shard is corrupt: its SHA-256 is not the manifest's", where=file, fix=_REMAKE
+            "shard is corrupt: its SHA-256 is not the manifest's", where=file, fix=REMAKE
         )
 
 
@@ -259,6 +290,6 @@ def token_counts(folder: str | Path) -> np.ndarray:
     manifest = read_manifest(folder)
     file = folder / COUNTS
     if not file.is_file() or hash_file(file) != manifest.files.get(COUNTS):
-        raise DataError("token counts are missing or were altered", where=file, fix=_REMAKE)
+        raise DataError("token counts are missing or were altered", where=file, fix=REMAKE)
     counts: np.ndarray = np.load(file, allow_pickle=False)
     return counts

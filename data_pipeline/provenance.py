@@ -13,12 +13,14 @@ from shoal.configs.corpus import PrepareConfig, SourceConfig
 from shoal.configs.errors import DataError
 from shoal.data_pipeline.files import hash_file as hash_contents
 from shoal.data_pipeline.files import is_url
-from shoal.data_pipeline.layout import ShardPlan, open_layout
+from shoal.data_pipeline.layout import ShardPlan
 from shoal.data_pipeline.manifest import (
     COUNTS,
     DROPPED,
     INDEX,
+    REMOVED,
     TOKENIZER,
+    CleaningFacts,
     DroppedFacts,
     Manifest,
     ShardFacts,
@@ -107,6 +109,7 @@ def prepare_key(config: PrepareConfig, hashes: SourceHashes) -> str:
         "config": settled_config(config),
         "sources": [hashes.hash_source(s)[0] for s in (*config.train, *config.validation)],
         "tokenizer": _hash_tokenizer(config.tokenizer.path),
+        "evaluation_sets": _hash_evaluation_sets(config),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -153,11 +156,12 @@ def make_manifest(
     Its other files lie in `folder`, the tokenizer beside that; its shards are `entries`.
     """
     shards = tuple(_shard_facts(entry) for entry in entries)
+    names = [COUNTS, DROPPED, INDEX] + ([REMOVED] if split.removals is not None else [])
     beside = folder.parent / TOKENIZER
     return Manifest(
         prepare_key=origin.key,
         rows=plan.rows,
-        tokens=open_layout(plan).tokens,
+        tokens=plan.packing.tokens,
         text_bytes=split.bytes,
         documents=split.documents,
         context=plan.context,
@@ -170,9 +174,12 @@ def make_manifest(
         config=settled_config(config),
         sources=tuple(_source_facts(read, origin.hashes) for read in split.sources),
         dropped=_dropped_facts(split),
+        packing=plan.packing,
+        cleaning=_cleaning_facts(config, split),
         domains=dict(sorted(split.domains.items())),
+        lengths=plan.lengths,
         shards=shards,
-        files={name: hash_file(folder / name) for name in (COUNTS, DROPPED, INDEX)},
+        files={name: hash_file(folder / name) for name in names},
         shards_hash=hash_shards([shard.raw_sha256 for shard in shards]),
     )
 
@@ -199,6 +206,34 @@ def _source_facts(read: Read, hashes: SourceHashes) -> SourceFacts:
         bytes=read.bytes,
         dropped=read.dropped.total,
     )
+
+
+def _cleaning_facts(config: PrepareConfig, split: Split) -> CleaningFacts | None:
+    done = split.removals
+    if done is None:
+        return None
+    return CleaningFacts(
+        documents_read=done.documents_read,
+        bytes_read=done.bytes_read,
+        documents_kept=split.documents,
+        bytes_kept=split.bytes,
+        removed=dict(sorted(done.removed.items())),
+        changed=dict(sorted(done.changed.items())),
+        evaluation_sets=_hash_evaluation_sets(config),
+    )
+
+
+def _hash_evaluation_sets(config: PrepareConfig) -> dict[str, str]:
+    """Return the SHA-256 of what documents are compared with, by its path in the config."""
+    if config.clean is None or config.clean.decontaminate is None:
+        return {}
+    found = {}
+    for path in config.clean.decontaminate.against:
+        file = Path(resolve_path(path)).expanduser()
+        if not file.is_file():
+            raise DataError("no evaluation set there", where=path, fix="set clean.decontaminate")
+        found[path] = hash_file(file)
+    return found
 
 
 def _dropped_facts(split: Split) -> DroppedFacts:

@@ -12,21 +12,26 @@ from pathlib import Path
 
 from shoal.configs.corpus import PrepareConfig
 from shoal.configs.errors import ConfigError, DataError
+from shoal.data_pipeline.files import is_url
 from shoal.data_pipeline.manifest import (
     MANIFEST,
     TOKENIZER,
     check_tokenizer,
     read_manifest,
-    verify,
 )
 from shoal.data_pipeline.pieces import TRAIN, VALIDATION
+from shoal.data_pipeline.proof import verify
 from shoal.data_pipeline.provenance import STATS, settled_config
+from shoal.data_pipeline.receipts import fetch_receipt, receipt_folder, send_corpus
 from shoal.data_pipeline.stages import Progress
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Where a prepared corpus lies."""
+    """Where a prepared corpus lies.
+
+    Of one behind a URL the paths are those of its receipt, which holds no shards.
+    """
 
     output: Path
     tokenizer: Path
@@ -34,16 +39,33 @@ class Prepared:
     validation: Path | None
     built: bool = False
     """Whether this call made it; False: it was there."""
+    url: str | None = None
+
+
+def split_names(config: PrepareConfig) -> list[str]:
+    """Return the splits a corpus has."""
+    held_out = config.validation or config.validation_share
+    return [TRAIN, VALIDATION] if held_out else [TRAIN]
+
+
+def output_folder(config: PrepareConfig) -> Path:
+    """Return the folder of the output; of a URL that of its receipt."""
+    given = config.output
+    return receipt_folder(given) if is_url(given) else Path(given)
 
 
 def locate(config: PrepareConfig, output: Path, built: bool = False) -> Prepared:
     """Say where things lie in an output."""
-    validation = output / VALIDATION if config.validation or config.validation_share else None
-    return Prepared(output, output / TOKENIZER, output / TRAIN, validation, built)
+    validation = output / VALIDATION if VALIDATION in split_names(config) else None
+    url = config.output if is_url(config.output) else None
+    return Prepared(output, output / TOKENIZER, output / TRAIN, validation, built, url)
 
 
 def is_done(config: PrepareConfig, output: Path, key: str) -> bool:
-    """Whether `output` holds what the config asks for; anything else there is refused."""
+    """Whether the output holds what the config asks for; anything else there is refused."""
+    url = config.output if is_url(config.output) else None
+    if url and not fetch_receipt(url, split_names(config), output):
+        return False
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
     if not (output / TRAIN / MANIFEST).is_file():
@@ -61,8 +83,8 @@ def is_done(config: PrepareConfig, output: Path, key: str) -> bool:
     changed = [name for name in new if old.get(name) != new[name]] or [files]
     raise ConfigError(
         f"holds shards of another corpus: {', '.join(changed)} changed since",
-        where=output,
-        fix=f"choose another output=..., or remove the old one: rm -r {output}",
+        where=url or output,
+        fix=f"choose another output=..., or remove the old one: {url or f'rm -r {output}'}",
     )
 
 
@@ -108,12 +130,12 @@ def name_output(output: Path) -> Iterator[None]:
 def remove_stale(output: Path, work: Path) -> None:
     """Remove unfinished work on other versions of this output."""
     for folder in output.parent.glob(f".partial-{output.name}-" + "[0-9a-f]" * 16):
-        if folder != work:
+        if folder.name != work.name:
             shutil.rmtree(folder)
 
 
-def publish(work: Path, output: Path) -> None:
-    """Prove the finished folder, make it durable, and give it its name."""
+def publish(config: PrepareConfig, work: Path, output: Path, progress: Progress) -> None:
+    """Prove the finished folder, make it durable or send it, and give it its name."""
     for name in (TRAIN, VALIDATION):
         if (work / name).is_dir():
             verify(work / name)
@@ -124,6 +146,9 @@ def publish(work: Path, output: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+    if is_url(config.output):
+        progress("upload", 0, None)
+        send_corpus(work, config.output)
     for folder in (*(f for f in work.iterdir() if f.is_dir()), work):
         sync_folder(folder)
     work.rename(output)

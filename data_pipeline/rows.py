@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import mmap
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
 from shoal.configs.errors import DataError
 from shoal.data_pipeline.manifest import (
     Manifest,
-    ShardFacts,
     check_shard,
     check_tokenizer,
     read_manifest,
     tokenizer_beside,
 )
-from shoal.data_pipeline.packing import find_segments
+from shoal.data_pipeline.mds import open_mds, row_type
+from shoal.data_pipeline.packing import RowBatch, decode_rows
 
 
 class Rows:
@@ -33,7 +30,7 @@ class Rows:
         self.folder = folder
         self.manifest = manifest
         self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
-        self._row_bytes = (manifest.context + 1) * self._dtype.itemsize
+        self._row_bytes = row_type(manifest.context, self._dtype).itemsize
         counts = [shard.rows for shard in manifest.shards]
         self._ends = np.cumsum(np.asarray(counts, dtype=np.int64))
         self._mapped: dict[int, np.ndarray] = {}
@@ -58,15 +55,11 @@ class Rows:
         """The tokenizer the rows were written with."""
         return tokenizer_beside(self.folder)
 
-    def gather(self, row_numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def gather(self, row_numbers: np.ndarray) -> RowBatch:
         """Return rows by number, in the order asked for.
 
         Args:
             row_numbers: (n,) int64.
-
-        Returns:
-            Tokens, (n, context + 1) int64; segments, (n, context) int32: the document of each
-            input token, counted within its row.
 
         Raises:
             DataError: a shard is missing, cut or corrupt; names it.
@@ -81,48 +74,22 @@ class Rows:
             here = np.flatnonzero(shards == shard)
             first = self._ends[shard] - self.manifest.shards[shard].rows
             raw[here] = self._map(int(shard))[numbers[here] - first]
-        tokens = raw.view(self._dtype).astype(np.int64)
-        return tokens, find_segments(tokens, self.manifest.eot_id)
+        return decode_rows(raw, self.manifest.context, self._dtype)
 
     def _map(self, number: int) -> np.ndarray:
         """Return a shard as a matrix of bytes, (rows, bytes of a row), checked once."""
         if number not in self._mapped:
             shard = self.manifest.shards[number]
             check_shard(self.folder, shard)
-            self._mapped[number] = self._lay_out(shard, self._open_raw(shard))
+            self._mapped[number] = open_mds(
+                self.folder / shard.file,
+                shard.rows,
+                shard.raw_bytes,
+                self.manifest.context,
+                self._dtype,
+                self.manifest.compression,
+            )
         return self._mapped[number]
-
-    def _open_raw(self, shard: ShardFacts) -> mmap.mmap:
-        """Map the content of a shard; a compressed one is unpacked into a nameless file."""
-        with (self.folder / shard.file).open("rb") as file:
-            if self.manifest.compression is None:
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            with tempfile.TemporaryFile(prefix="shoal-") as unpacked:
-                self._unpack(shard, file, unpacked)
-                return mmap.mmap(unpacked.fileno(), 0, access=mmap.ACCESS_READ)
-
-    def _unpack(self, shard: ShardFacts, packed: IO[bytes], unpacked: IO[bytes]) -> None:
-        import zstandard
-
-        try:
-            zstandard.ZstdDecompressor().copy_stream(packed, unpacked)
-        except zstandard.ZstdError as error:
-            raise DataError(f"shard does not unpack: {error}", where=packed.name) from None
-        unpacked.flush()
-        if unpacked.tell() != shard.raw_bytes:
-            raise DataError("shard unpacks to another size than stated", where=packed.name)
-
-    def _lay_out(self, shard: ShardFacts, data: mmap.mmap) -> np.ndarray:
-        """Find the rows in an MDS shard: a count, then offsets, the last of which is the end."""
-        where = self.folder / shard.file
-        count = int(np.frombuffer(data, "<u4", 1)[0])
-        if count != shard.rows:
-            raise DataError(f"shard holds {count} rows, not {shard.rows}", where=where)
-        offsets = np.frombuffer(data, "<u4", count + 1, 4).astype(np.int64)
-        if offsets[-1] != len(data) or np.any(np.diff(offsets) != self._row_bytes):
-            raise DataError("shard has rows of another size than its manifest says", where=where)
-        rows = np.frombuffer(data, np.uint8, count * self._row_bytes, int(offsets[0]))
-        return rows.reshape(count, self._row_bytes)
 
 
 def check_alike(streams: Sequence[Rows]) -> None:

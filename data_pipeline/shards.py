@@ -9,31 +9,31 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from shoal.configs.corpus import PrepareConfig
+from shoal.data_pipeline.cleaned import Removals, clean_reading
+from shoal.data_pipeline.cleaner import load_cleaner
 from shoal.data_pipeline.excerpt import choose_texts
 from shoal.data_pipeline.executors import open_executor
-from shoal.data_pipeline.layout import ShardPlan, open_layout, open_tokens, plan_split
+from shoal.data_pipeline.layout import ShardPlan, WriteShards, plan_split
 from shoal.data_pipeline.manifest import (
     COUNTS,
     DROPPED,
     INDEX,
     MANIFEST,
+    REMOVED,
     TOKENIZER,
     Manifest,
     check_context,
     read_manifest,
     token_counts,
-    verify,
 )
-from shoal.data_pipeline.mds import import_streaming, token_type
-from shoal.data_pipeline.packing import find_targets
-from shoal.data_pipeline.pieces import TRAIN, VALIDATION, Reading, read_sources
+from shoal.data_pipeline.pieces import Reading, read_sources
+from shoal.data_pipeline.proof import make_index, verify
 from shoal.data_pipeline.provenance import (
     STATS,
     Origin,
@@ -49,8 +49,10 @@ from shoal.data_pipeline.publishing import (
     is_done,
     locate,
     name_output,
+    output_folder,
     publish,
     remove_stale,
+    split_names,
     sync_folder,
 )
 from shoal.data_pipeline.rows import Rows, check_alike
@@ -91,7 +93,7 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Prepared
         OSError: the disk is full; names `output`. What is done is kept.
     """
     report = progress or _silent
-    output = Path(config.output)
+    output = output_folder(config)
     hashes = SourceHashes(output / STATS)
     key = prepare_key(config, hashes)
     if is_done(config, output, key):
@@ -107,7 +109,7 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Prepared
             with open_executor(config.executor, processes, work / "logs", report) as run:
                 _build(config, Origin(key, hashes), work, run, report)
             hashes.save(work / STATS)
-            publish(work, output)
+            publish(config, work, output, report)
     return locate(config, output, built)
 
 
@@ -117,17 +119,22 @@ def _silent(what: str, done: int, total: int | None) -> None:
 
 def _build(config: PrepareConfig, origin: Origin, work: Path, run: Run, progress: Progress) -> None:
     """Make what is missing of tokenizer and splits in the folder aside."""
-    names = [TRAIN, VALIDATION] if config.validation or config.validation_share else [TRAIN]
-    if all((work / name / MANIFEST).is_file() for name in names):
+    if all((work / name / MANIFEST).is_file() for name in split_names(config)):
         return
     if config.tokenizer.path is not None:  # a bad one is found before anything is read
         _save_tokenizer(_load_given(config.tokenizer.path), work / TOKENIZER)
+    if config.clean is not None:  # likewise an evaluation set
+        load_cleaner(config.clean)
     reading = read_sources(config, corpus_bytes(config, origin.hashes), work / "read", run)
+    removals: dict[str, Removals] = {}
+    if config.clean is not None:
+        reading, removals = clean_reading(reading, config.clean, work, run)
     if config.tokenizer.path is None:
         _train_tokenizer(config, reading, work, run, progress)
     splits = encode_pieces(reading, work / TOKENIZER, work, run)
     tokenizer = Tokenizer.load(work / TOKENIZER)
     for split in splits.values():
+        split.removals = removals.get(split.name)
         if not (work / split.name / MANIFEST).is_file():
             _write_split(config, origin, split, tokenizer, work, run)
 
@@ -181,85 +188,21 @@ def _write_split(
     folder.rename(work / split.name)
 
 
-@dataclass(frozen=True)
-class WriteShards:
-    """Writes rows as shards, one task a shard."""
-
-    plan: ShardPlan
-    name: str
-
-    @property
-    def tasks(self) -> int:
-        """One a shard."""
-        return self.plan.shards
-
-    def is_done(self, task: int) -> bool:
-        """Whether its index entry is there."""
-        return self.plan.part_file(task).is_file()
-
-    def run(self, task: int) -> None:
-        """Write a shard."""
-        write_shard(self.plan, task)
-
-
-def write_shard(plan: ShardPlan, number: int) -> None:
-    """Write one MDS shard, its index entry and its token counts, unless they are there."""
-    part = plan.part_file(number)
-    if part.is_file():
-        return
-    first = number * plan.shard_rows
-    last = min(first + plan.shard_rows, plan.rows)
-    dtype = token_type(plan.vocab_size)
-    tokens = open_layout(plan).fill(first, last, plan.eot, open_tokens(plan).read, dtype)
-    counts = np.zeros(plan.vocab_size, dtype=np.int64)
-    for start in range(0, len(tokens), 4096):
-        targets = find_targets(tokens[start : start + 4096].astype(np.int64), plan.eot)
-        counts += np.bincount(targets[targets >= 0], minlength=plan.vocab_size)
-    save_array(part.with_suffix(".npy"), counts)
-    entry = _write_mds(plan, number, tokens)
-    aside = part.with_suffix(".new")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(entry))
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(part)
-
-
-def _write_mds(plan: ShardPlan, number: int, tokens: np.ndarray) -> dict[str, Any]:
-    """Write rows as shard `number` of the plan's folder; return its entry for index.json."""
-    aside = plan.folder / f"{number:05d}.mds"
-    if aside.is_dir():
-        shutil.rmtree(aside)
-    writer = import_streaming().MDSWriter(
-        columns={"tokens": f"ndarray:{tokens.dtype.name}:{plan.context + 1}"},
-        out=str(aside),
-        compression=plan.compression,
-        hashes=["sha256"],
-        size_limit=None,
-    )
-    for row in tokens:
-        writer.write({"tokens": row})
-    writer.finish()
-    (entry,) = json.loads((aside / INDEX).read_text())["shards"]
-    written = aside / stored_file(entry)["basename"]
-    for data in (entry["raw_data"], entry["zip_data"]):
-        if data:
-            data["basename"] = data["basename"].replace("00000", f"{number:05d}", 1)
-    sync_folder(aside)
-    written.rename(plan.folder / stored_file(entry)["basename"])
-    shutil.rmtree(aside)
-    return dict(entry)
-
-
 def _write_side_files(
     plan: ShardPlan, split: Split, entries: list[dict[str, Any]], folder: Path
 ) -> None:
     """Write the index of MDS, the token counts, and the list of what was dropped."""
-    index = {"version": 2, "shards": entries}
-    (folder / INDEX).write_text(json.dumps(index, sort_keys=True), encoding="utf-8")
+    (folder / INDEX).write_text(make_index(entries), encoding="utf-8")
     parts = [np.load(plan.part_file(n).with_suffix(".npy")) for n in range(plan.shards)]
     save_array(folder / COUNTS, np.sum(parts, axis=0))
-    with (folder / DROPPED).open("wb") as file:
-        for part in (part for read in split.sources for part in read.dropped_files):
+    _join(folder / DROPPED, [part for read in split.sources for part in read.dropped_files])
+    if split.removals is not None:
+        _join(folder / REMOVED, split.removals.files)
+
+
+def _join(file: Path, parts: list[Path]) -> None:
+    """Write one file of many."""
+    with file.open("wb") as whole:
+        for part in parts:
             with part.open("rb") as stream:
-                shutil.copyfileobj(stream, file)
+                shutil.copyfileobj(stream, whole)

@@ -13,7 +13,7 @@ from typing import Any
 from shoal.configs.corpus import SourceConfig
 from shoal.configs.errors import DataError
 from shoal.data_pipeline.documents import EXAMPLES, Document, DroppedLog
-from shoal.data_pipeline.files import FileFacts, find_files, is_url, local_path, redact
+from shoal.data_pipeline.files import FileFacts, find_files, is_changed, is_url, local_path, redact
 from shoal.data_pipeline.formats import (
     KNOWN,
     Record,
@@ -151,6 +151,12 @@ def _open_stretches(
     for stretch in stretches:
         name = "" if stretch.file.format == "text" else stretch.file.name
         yield name, read_records(stretch, source, dropped)
+        if is_changed(stretch.file.path, stretch.file.stamp):
+            raise DataError(
+                "was changed while the corpus was read",
+                where=stretch.file.path,
+                fix="run the same command again when nothing writes to it",
+            )
 
 
 def _make_document(

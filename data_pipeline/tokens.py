@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from shoal.configs.corpus import PrepareConfig
-from shoal.data_pipeline.documents import DroppedLog
+from shoal.data_pipeline.cleaned import Removals
+from shoal.data_pipeline.cleaner import load_cleaner
+from shoal.data_pipeline.documents import Document, DroppedLog
 from shoal.data_pipeline.mds import token_type
 from shoal.data_pipeline.pieces import (
     SPLITS,
@@ -43,6 +45,8 @@ class Split:
     domains: Counter[str] = field(default_factory=Counter)
     chunks: list[Path] = field(default_factory=list)
     """Of the tokens, in order; see `chunk_files`."""
+    removals: Removals | None = None
+    """What cleaning did; None: documents were taken as they are."""
 
 
 @dataclass(frozen=True)
@@ -138,11 +142,18 @@ def encode_pieces(reading: Reading, tokenizer: Path, work: Path, run: Run) -> di
 
 
 def training_texts(config: PrepareConfig, dropped: DroppedLog | None = None) -> Iterator[str]:
-    """Yield the training documents of a corpus, those held out left aside."""
+    """Yield the training documents of a corpus as they are cleaned, those held out left aside.
+
+    Duplicates are among them: what is searched in these texts is found in their twins as well.
+    """
+    cleaner = None if config.clean is None else load_cleaner(config.clean)
     for source in config.train:
         for document in read_documents(source, DroppedLog() if dropped is None else dropped):
-            if not held_out(document, config.validation_share):
-                yield document.text
+            if held_out(document, config.validation_share):
+                continue
+            result = document if cleaner is None else cleaner.clean(document)
+            if isinstance(result, Document):
+                yield result.text
 
 
 def chunk_files(file: Path) -> tuple[Path, Path]:

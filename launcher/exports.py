@@ -234,7 +234,7 @@ def _sample_rows(rows: Rows, context: int) -> list[list[int]]:
     """Return token ids of real text, for the gate of an export."""
     import numpy as np
 
-    tokens, _ = rows.gather(np.arange(min(GATE_ROWS, len(rows))))
+    tokens = rows.gather(np.arange(min(GATE_ROWS, len(rows)))).tokens
     return [row[:context].tolist() for row in tokens]
 
 

@@ -207,7 +207,8 @@ def _check_shards(folder: Path, request: Request) -> dict[str, Any]:
 
     `is_there` is false where they are not made yet.
     """
-    from shoal.data_pipeline.manifest import MANIFEST, check_shard, read_manifest, verify
+    from shoal.data_pipeline.manifest import MANIFEST, check_shard, read_manifest
+    from shoal.data_pipeline.proof import verify
 
     facts: dict[str, Any] = {"is_there": False, "problem": None, "identity": None, "read": ""}
     try:

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from shoal.configs.corpus import PrepareConfig
 from shoal.data_pipeline import pieces
-from shoal.data_pipeline.manifest import verify
 from shoal.data_pipeline.mds import import_streaming
+from shoal.data_pipeline.proof import verify
 from shoal.data_pipeline.shards import prepare
 
 CHANGES = {"os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir"}
@@ -71,7 +71,7 @@ def main() -> None:
     """Kill at one moment after another until one is never reached; then over and over."""
     config_file, reference, folder, stride = sys.argv[1:]
     tree = json.loads(Path(config_file).read_text())
-    pieces.MIN_PIECE_BYTES = 12_000  # several chunks
+    pieces.MIN_PIECE_BYTES = 30_000  # several chunks
     import_streaming()
 
     def attempt(output: Path, kill_before: int | None = None) -> bool:
@@ -95,7 +95,7 @@ def main() -> None:
             break
     output = Path(folder) / "again" / "corpus"
     kills = 0
-    while attempt(output, 6 * kills):
+    while attempt(output, 15 * kills):
         kills += 1
     report(kills=kills, same=same_files(output, Path(reference)))
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from shoal.data_pipeline.manifest import verify
+from shoal.data_pipeline.proof import verify
+from shoal.data_pipeline.shards import prepare
 
 PREPARE = """
 import sys
@@ -51,9 +52,13 @@ def finish(process):
 
 @pytest.mark.slow
 def test_killed_at_any_moment(prepared, make_config, tmp_path):
-    (tmp_path / "config.json").write_text(make_config(tmp_path / "unused").model_dump_json())
+    """With every stage there is: also cleaning, and training the tokenizer."""
+    clean = {"filters": None, "decontaminate": None}
+    config = make_config(tmp_path / "undisturbed", clean=clean, shard_bytes=20_000)
+    prepare(config)
+    (tmp_path / "config.json").write_text(config.model_dump_json())
     script = Path(__file__).with_name("kill_prepare.py")
-    arguments = [tmp_path / "config.json", prepared.output, tmp_path, "5"]
+    arguments = [tmp_path / "config.json", config.output, tmp_path, "15"]
     command = [sys.executable, str(script), *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     *moments, again = [json.loads(line) for line in done.stdout.splitlines()]

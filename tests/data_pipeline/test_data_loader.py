@@ -11,7 +11,6 @@ import torch
 from shoal.configs.errors import ConfigError, DataError
 from shoal.data_pipeline.batch import IGNORE, PADDING_ROW
 from shoal.data_pipeline.loader import Loader, validation_batches
-from shoal.data_pipeline.packing import find_segments, find_targets
 from shoal.data_pipeline.rows import Rows
 from shoal.data_pipeline.shards import prepare
 from shoal.data_pipeline.tokenizer import Tokenizer
@@ -95,11 +94,10 @@ def test_batches_hold_the_rows_they_name(streams):
         ):
             stream, row = (0, number) if number < offset else (1, number - offset)
             rows = streams[stream][0]
-            tokens, _ = rows.gather(np.asarray([row]))
-            eot = rows.manifest.eot_id
-            assert inputs.tolist() == tokens[0, :-1].tolist()
-            assert targets.tolist() == find_targets(tokens, eot)[0].tolist()
-            assert segments.tolist() == find_segments(tokens, eot)[0].tolist()
+            stored = rows.gather(np.asarray([row]))
+            assert inputs.tolist() == stored.tokens[0, :-1].tolist()
+            assert targets.tolist() == stored.targets[0].tolist()
+            assert segments.tolist() == stored.segments[0].tolist()
 
 
 def test_types_and_shapes(streams):

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from shoal.configs.errors import ConfigError, DataError
-from shoal.data_pipeline.manifest import verify
+from shoal.data_pipeline.proof import verify
 from shoal.data_pipeline.shards import prepare
 from shoal.data_pipeline.tokenizer import Tokenizer
 

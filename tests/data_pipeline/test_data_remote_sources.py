@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import sys
@@ -131,6 +132,35 @@ def test_only_what_changed_is_hashed_again(s3, remote, corpus, tmp_path, monkeyp
         s3.put_object(Bucket="corpora", Key="in/e.txt", Body=b"plain")
     assert read_again == [f"{remote}/e.txt"]
     assert changed[0] != found[0] and changed[1:] == found[1:]
+
+
+def test_an_object_that_is_replaced_while_it_is_read(s3):
+    put = functools.partial(s3.put_object, Bucket="corpora", Key="changing/x.jsonl")
+    put(Body=b'{"text": "a"}\n' * 9)
+    source = SourceConfig(path="s3://corpora/changing")
+    cut = list_parts(source, 0, 30)
+    assert len(list(read_part(source, cut[0], DroppedLog()))) == 3
+    put(Body=b'{"text": "b"}\n' * 9)
+    with pytest.raises(DataError, match="was changed while the corpus was read") as caught:
+        list(read_part(source, cut[1], DroppedLog()))
+    assert caught.value.where == "s3://corpora/changing/x.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "changed"),
+    [
+        ("5 ETag=a", "5 ETag=a", False),
+        ("5 ETag=a", "5 ETag=b", True),
+        ("5 ETag=a", "6 ETag=a", True),
+        ("5 ETag=a", "5 updated=x y", False),
+        ("5 ETag=a", "6 updated=x y", True),
+        ("", "5 ETag=a", False),
+        ("5 ETag=a", "", False),
+    ],
+)
+def test_only_like_stamps_compare(before, now, changed, monkeypatch):
+    monkeypatch.setattr(files, "stat", lambda path: files.FileFacts(path, "x", 5, now))
+    assert files.is_changed("s3://bucket/x", before) is changed
 
 
 def test_ranges_of_an_object_larger_than_its_blocks(s3, monkeypatch):

@@ -13,9 +13,8 @@ from shoal.data_pipeline.manifest import (
     check_context,
     read_manifest,
     token_counts,
-    verify,
 )
-from shoal.data_pipeline.packing import find_segments, find_targets
+from shoal.data_pipeline.proof import verify
 from shoal.data_pipeline.rows import Rows
 from shoal.data_pipeline.shards import prepare
 from shoal.data_pipeline.tokenizer import Tokenizer
@@ -38,18 +37,21 @@ def folder(request, prepared, packed, tmp_path):
 def test_rows_come_in_the_order_asked_for(folder, prepared):
     rows, original = Rows.open(folder), Rows.open(prepared.train)
     numbers = np.random.default_rng(0).integers(0, len(rows), 500)
-    tokens, segments = rows.gather(numbers)
-    assert tokens.dtype == np.int64 and tokens.shape == (500, 17)
-    expected, _ = original.gather(np.arange(len(rows)))
-    assert np.array_equal(tokens, expected[numbers])
-    assert np.array_equal(segments, find_segments(tokens, rows.manifest.eot_id))
-    assert np.array_equal(expected[1:, 0], expected[:-1, -1])  # rows share their borders
+    found = rows.gather(numbers)
+    assert found.tokens.dtype == np.int64 and found.tokens.shape == (500, 17)
+    expected = original.gather(np.arange(len(rows)))
+    for name in ("tokens", "segments", "targets"):
+        assert np.array_equal(getattr(found, name), getattr(expected, name)[numbers])
+    tokens = expected.tokens
+    assert np.array_equal(tokens[1:, 0], tokens[:-1, -1])  # rows share their borders
+    begins = (tokens[:-1, 1:-1] == rows.manifest.eot_id) * 1  # none but the last row is padded
+    assert np.array_equal(np.diff(expected.segments[:-1], axis=1), begins)
 
 
 def test_no_rows_and_no_such_row(prepared):
     rows = Rows.open(prepared.train)
-    tokens, segments = rows.gather(np.asarray([], dtype=np.int64))
-    assert tokens.shape == (0, 17) and segments.shape == (0, 16)
+    none = rows.gather(np.asarray([], dtype=np.int64))
+    assert none.tokens.shape == (0, 17) and none.segments.shape == (0, 16)
     for number in (-1, len(rows)):
         with pytest.raises(IndexError, match=f"from 0 to {len(rows) - 1}"):
             rows.gather(np.asarray([0, number]))
@@ -247,8 +249,8 @@ def test_not_a_manifest(text, tmp_path):
 
 def test_other_schema_version(folder):
     file = folder / "manifest.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"schema_version": 2}))
-    with pytest.raises(DataError, match="schema version 2; this Shoal reads 1"):
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"schema_version": 1}))
+    with pytest.raises(DataError, match="schema version 1; this Shoal reads 2"):
         read_manifest(folder)
 
 
@@ -280,8 +282,7 @@ def test_context_must_fit(prepared):
 
 def test_token_counts_are_the_targets(folder):
     rows = Rows.open(folder)
-    tokens, _ = rows.gather(np.arange(len(rows)))
-    targets = find_targets(tokens, rows.manifest.eot_id)
+    targets = rows.gather(np.arange(len(rows))).targets
     counts = token_counts(folder)
     expected = np.bincount(targets[targets >= 0], minlength=rows.manifest.vocab_size)
     assert np.array_equal(counts, expected)

@@ -156,8 +156,7 @@ def test_a_file_cut_short_since_it_was_listed(tmp_path, lines, records):
     data = file.read_bytes()
     file.write_bytes(data[: data.index(b"\n", len(data) - 3000) + 1])
     with pytest.raises(DataError, match="shorter than it was") as caught:
-        for part in cut:
-            list(read_part(source, part, DroppedLog()))
+        list(read_part(source, cut[-1], DroppedLog()))
     assert caught.value.where == str(file)
 
 
@@ -171,3 +170,14 @@ def test_lines_longer_than_a_block_and_a_part(tmp_path, monkeypatch):
     assert [document.text for document in found] == texts
     assert [document.id for document in found] == [f"x.jsonl:{i}" for i in (1, 2, 3, 4)]
     assert len(cut) == 3, "the last one of y and z, whose line it ends in"
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path, lines, records):
+    file = lines(tmp_path / "x.jsonl", records(100))
+    found = read_documents(SourceConfig(path=str(file)), DroppedLog())
+    next(found)
+    with file.open("ab") as more:
+        more.write(b'{"text": "late"}\n')
+    with pytest.raises(DataError, match="was changed while the corpus was read") as caught:
+        list(found)
+    assert caught.value.where == str(file)

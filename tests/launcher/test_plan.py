@@ -17,6 +17,7 @@ from shoal.configs.load import load_config
 from shoal.configs.schema import RunConfig
 from shoal.data_pipeline.batch import PADDING_ROW
 from shoal.data_pipeline.loader import Loader
+from shoal.data_pipeline.packing import RowBatch
 from shoal.launcher import hosts as hosts_module
 from shoal.launcher.fanout import FORWARDED
 from shoal.launcher.hosts import Host
@@ -36,8 +37,9 @@ class ConstantRows:
     def __len__(self) -> int:
         return 100
 
-    def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return np.ones((len(rows), 5), np.int64), np.zeros((len(rows), 4), np.int32)
+    def gather(self, rows: np.ndarray) -> RowBatch:
+        ones = np.ones((len(rows), 5), np.int64)
+        return RowBatch(ones, np.zeros((len(rows), 4), np.int32), ones[:, 1:])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,199 @@
+"""Which documents may be duplicates, how similar they truly are, and which of them stay.
+
+Documents are numbers in the order of the corpus. A pair is one 64-bit number, the later document in
+the upper half, so that sorted pairs are grouped by the later document, its earlier ones rising.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+GROUP_PAIRS = 16
+"""Earlier members of a group that a member is paired with: half of them the group's first, half
+those just before it. A hundred thousand pages of one template give 1.6 million pairs, not 5e9."""
+
+DOCUMENT_PAIRS = 16
+"""Pairs that a document keeps over all bands, those that most bands agree on."""
+
+DOCUMENTS = 2**32
+"""What the halves of a pair can number."""
+
+_HALF = 32
+_REPEATED = 3
+_RENAMED_SHARE = 0.15
+
+
+def find_twins(digests: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return for each document the first one of the same digest, -1 for the first ones themselves.
+
+    Args:
+        digests: # (documents, 2) uint64
+
+    Returns:
+        # (documents,) int64; it takes about 50 bytes a document on the way.
+    """
+    import numpy as np
+
+    order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable: within a group as in the corpus
+    same = np.zeros(len(order), bool)
+    for column in range(digests.shape[1]):
+        values = digests[order, column]
+        different = values[1:] != values[:-1]
+        same[1:] = ~different if column == 0 else same[1:] & ~different
+    twins = np.full(len(order), -1, np.int64)
+    starts = _spread_starts(same)
+    twins[order[same]] = order[starts[same]]
+    return twins
+
+
+def _spread_starts(same: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return where the group of each place begins; `same` tells that a place goes on with one."""
+    import numpy as np
+
+    places = np.arange(len(same))
+    return np.maximum.accumulate(np.where(same, 0, places)) if len(same) else places
+
+
+def pair_band(
+    keys: np.ndarray[Any, Any], documents: np.ndarray[Any, Any]
+) -> np.ndarray[Any, Any]:
+    """Return the pairs of documents that share a key, at most GROUP_PAIRS a document, sorted.
+
+    Args:
+        keys: # (n,) uint64
+        documents: Their numbers, rising.  # (n,) int64
+    """
+    import numpy as np
+
+    order = np.argsort(keys, kind="stable")
+    values = keys[order]
+    same = np.zeros(len(order), bool)
+    same[1:] = values[1:] == values[:-1]
+    member = same.copy()
+    member[:-1] |= same[1:]  # in a group of two or more
+    order, same = order[member], same[member]
+    numbers, starts = documents[order], _spread_starts(same)
+    places = np.arange(len(numbers))
+    ranks = places - starts
+    found = [np.empty(0, np.uint64)]
+    for step in range(GROUP_PAIRS // 2):
+        first = ranks > step
+        found.append(_join(numbers[first], numbers[starts[first] + step]))
+        before = ranks > step + GROUP_PAIRS // 2  # nearer ones are among the group's first
+        found.append(_join(numbers[before], numbers[places[before] - step - 1]))
+    return np.unique(np.concatenate(found))
+
+
+def _join(later: np.ndarray[Any, Any], earlier: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    import numpy as np
+
+    return (later.astype(np.uint64) << np.uint64(_HALF)) | earlier.astype(np.uint64)
+
+
+def split_pairs(
+    pairs: np.ndarray[Any, Any],
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return the later and the earlier documents of pairs.  # (pairs,) int64 each"""
+    import numpy as np
+
+    later = (pairs >> np.uint64(_HALF)).astype(np.int64)
+    return later, (pairs & np.uint64(DOCUMENTS - 1)).astype(np.int64)
+
+
+def merge_pairs(bands: Iterable[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    """Return the pairs of all bands, sorted, at most DOCUMENT_PAIRS for a later document."""
+    import numpy as np
+
+    pairs, counts = np.empty(0, np.uint64), np.empty(0, np.uint16)
+    for band in bands:
+        both = np.concatenate([pairs, band])
+        weights = np.concatenate([counts, np.ones(len(band), np.uint16)])
+        order = np.argsort(both, kind="stable")
+        both, weights = both[order], weights[order]
+        new = np.ones(len(both), bool)
+        new[1:] = both[1:] != both[:-1]
+        starts = np.flatnonzero(new)
+        pairs = both[starts]
+        counts = np.add.reduceat(weights, starts) if len(starts) else weights
+        pairs, counts = _trim(pairs, counts)
+    return pairs
+
+
+def _trim(
+    pairs: np.ndarray[Any, Any], counts: np.ndarray[Any, Any]
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Keep, of each later document, the pairs that most bands agree on, of equal ones the first."""
+    import numpy as np
+
+    later, earlier = split_pairs(pairs)
+    order = np.lexsort((earlier, -counts.astype(np.int32), later))
+    same = np.zeros(len(order), bool)
+    same[1:] = later[1:] == later[:-1]  # lexsort by later leaves later itself as it is
+    ranks = np.arange(len(order)) - _spread_starts(same)
+    kept = np.sort(order[ranks < DOCUMENT_PAIRS])
+    return pairs[kept], counts[kept]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What two documents are compared by."""
+
+    shingles: np.ndarray[Any, Any]
+    """Different ones, rising.  # (shingles,) uint64"""
+    words: np.ndarray[Any, Any]
+    """Different ones, rising.  # (words,) uint64"""
+    counts: np.ndarray[Any, Any]
+    """How often each word stands there.  # (words,) uint64"""
+
+
+def measure_similarity(one: Profile, other: Profile) -> float:
+    """Return the Jaccard similarity of two sets of shingles, 0 for two empty ones."""
+    import numpy as np
+
+    shared = len(np.intersect1d(one.shingles, other.shingles, assume_unique=True))
+    union = len(one.shingles) + len(other.shingles) - shared
+    return shared / union if union else 0.0
+
+
+def is_renamed(one: Profile, other: Profile) -> bool:
+    """Tell whether two similar documents are one template filled in about two things.
+
+    Of the words that a document has and the other has not at all, those that stand there three
+    times or more make up a good part in *both*: each repeats the name of what it is about. Edits
+    here and there do not do that: a word that is repeated would have to be hit every time.
+    """
+    import numpy as np
+
+    for mine, theirs in ((one, other), (other, one)):
+        own = mine.counts[np.isin(mine.words, theirs.words, assume_unique=True, invert=True)]
+        if own[own >= _REPEATED].sum() <= _RENAMED_SHARE * own.sum():
+            return False
+    return True
+
+
+def choose_removed(
+    pairs: np.ndarray[Any, Any], similarities: np.ndarray[Any, Any], threshold: float
+) -> list[tuple[int, int, float]]:
+    """Return the documents to remove, each with the first similar earlier one that stays.
+
+    Args:
+        pairs: Sorted.  # (pairs,) uint64
+        similarities: True ones, NaN where there was no need or no right to compare.  # (pairs,)
+        threshold: Least similarity of a duplicate.
+    """
+    import numpy as np
+
+    similar = np.flatnonzero(similarities >= threshold)  # NaN is not
+    later, earlier = split_pairs(pairs[similar])
+    removed: dict[int, tuple[int, float]] = {}
+    for number, twin, value in zip(
+        later.tolist(), earlier.tolist(), similarities[similar].tolist(), strict=True
+    ):
+        if number not in removed and twin not in removed:
+            removed[number] = (twin, value)
+    return [(number, *found) for number, found in removed.items()]
