@@ -15,6 +15,7 @@ import sys
 import tempfile
 import types
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,6 +35,7 @@ def token_type(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
+@lru_cache(maxsize=64)
 def row_type(context: int, dtype: np.dtype) -> np.dtype:
     """Return the bytes of a row as MDS lays them out: columns by name, without gaps.
 

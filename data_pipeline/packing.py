@@ -32,6 +32,10 @@ _LANES = np.uint64(0x0101010101010101)
 
 _BLOCK_ROWS = 1024
 """Rows filled at a time, which bounds the memory that takes."""
+_SMALL = 2**14
+"""Tokens up to which numpy's cumsum, slow for one, is the fastest for having one call alone."""
+_BLOCK_TOKENS = 2**18
+"""Tokens summed at a time, which keeps what lies between in the cache."""
 
 Span = tuple[int, np.ndarray]
 """A place relative to the first one asked for, and the tokens that stand there."""
@@ -194,8 +198,9 @@ class Layout:
         places = np.minimum(offsets[:, None] + columns, len(stream) - 1)
         text = columns < lengths[:, None]
         rows["tokens"] = np.where(text, stream[places], stream.dtype.type(self.form.eot))
-        # Padding begins a segment of its own, wherever the text before it stops.
-        stops = (columns == lengths[:, None] - 1) & (lengths < width)[:, None]
+        # Padding that is an input begins a segment of its own, wherever the text before it stops.
+        padded = lengths < self.form.context
+        stops = (columns == lengths[:, None] - 1) & padded[:, None]
         rows["ends"] = np.packbits((text & ends[places]) | stops, axis=1)
 
 
@@ -299,25 +304,46 @@ def count_segments(ends: np.ndarray, context: int) -> np.ndarray:
     Returns:
         (n, context) int32.
     """
-    rows, width = len(ends), ends.shape[1]
+    segments = np.empty((len(ends), context), dtype=np.int32)
+    segments[:, 0] = 0
+    if segments.size <= _SMALL:
+        bits = np.unpackbits(ends, axis=1)[:, : context - 1]
+        np.cumsum(bits, axis=1, dtype=np.int32, out=segments[:, 1:])
+        return segments
+    block = max(1, _BLOCK_TOKENS // context)
+    for low in range(0, len(ends), block):
+        _sum_lanes(ends[low : low + block], segments[low : low + block])
+    return segments
+
+
+def _sum_lanes(ends: np.ndarray, segments: np.ndarray) -> None:
+    """Write running sums of bits, eight bytes at a time.
+
+    Numpy's cumsum over all tokens would take longer than reading the rows does.
+
+    Args:
+        ends: (n, bytes) uint8.
+        segments: Receives the sums from its second column on.  # (n, context) int32
+    """
+    rows, width = ends.shape
     words = -(-width // 8)
     packed = np.zeros((rows, 8 * words), dtype=np.uint8)
     packed[:, :width] = ends
-    bits = np.unpackbits(packed).reshape(rows, 64 * words)
-    segments = np.empty((rows, context), dtype=np.int32)
-    segments[:, 0] = 0
     counts = np.bitwise_count(packed)
-    many = counts.sum(axis=1, dtype=np.int64) > np.iinfo(np.uint8).max
-    # Sums of eight bytes at a time: numpy's cumsum alone would take longer than reading the rows.
+    # Of each byte, how many bits were set up to it within its word; of each word, before it.
     sums = counts.view(np.uint64) * _LANES
-    whole = (sums >> np.uint64(56)).cumsum(axis=1, dtype=np.uint64)
-    sums[:, 1:] += (whole[:, :-1] & np.uint64(255)) * _LANES
-    before = sums.view(np.uint8) - counts
-    lanes = bits.view(np.uint64)
+    of_word = sums >> np.uint64(56)
+    before = of_word.ravel().cumsum(dtype=np.uint64).reshape(rows, words) - of_word
+    before -= before[:, :1].copy()
+    sums += before * _LANES
+    of_byte = sums.view(np.uint8)
+    of_byte -= counts
+    lanes = np.unpackbits(packed).view(np.uint64).reshape(rows, 8 * words)
     lanes *= _LANES
-    lanes += before * _LANES
-    segments[:, 1:] = bits[:, : context - 1]
-    if many.any():
-        exact = np.unpackbits(packed[many], axis=1)[:, : context - 1]
+    lanes += of_byte.astype(np.uint64) * _LANES
+    last = segments.shape[1] - 1
+    segments[:, 1:] = lanes.view(np.uint8)[:, :last]
+    many = before[:, -1] + of_word[:, -1] > np.iinfo(np.uint8).max
+    if many.any():  # more than a byte can count
+        exact = np.unpackbits(packed[many], axis=1)[:, :last]
         segments[many, 1:] = np.cumsum(exact, axis=1, dtype=np.int32)
-    return segments

@@ -10,6 +10,7 @@ import typer
 
 from shoal.configs.errors import ShoalError
 from shoal.launcher.commands import Shown
+from shoal.launcher.shards_cli import shards_app
 
 app = typer.Typer(
     help="Give Shoal a corpus and an inference budget; it trains every candidate that fits and "
@@ -22,7 +23,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-shards_app = typer.Typer(help="Look at shards and check them.", no_args_is_help=True)
 app.add_typer(shards_app, name="shards", rich_help_panel="Look")
 
 Precision = Literal["fp32", "bf16", "int8", "int4"]
@@ -345,32 +345,6 @@ def report(
 
     write_report(read_report(folder), folder)
     print((folder / "report.md").read_text(encoding="utf-8"))
-
-
-@shards_app.command()
-def verify(
-    folder: Annotated[Path, typer.Argument(help="Shards of one split, e.g. data/samples/train.")],
-) -> None:
-    """Compare every shard, and the tokenizer, with what was recorded; a broken one is named.
-
-    [dim]shoal shards verify data/samples/train[/dim]
-    """
-    from shoal.data_pipeline.shards import verify as verify_shards
-
-    print(f"{folder}: {len(verify_shards(folder).shards)} shards, all as written")
-
-
-@shards_app.command(name="show")
-def show_shards(
-    folder: Annotated[Path, typer.Argument(help="Shards of one split, e.g. data/samples/train.")],
-) -> None:
-    """Show a manifest: counts, sources, domains, what was dropped and why.
-
-    [dim]shoal shards show data/samples/train[/dim]
-    """
-    from shoal.launcher.tables import shards_table, show
-
-    show(shards_table(folder))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,6 +14,7 @@ from shoal.launcher.history import RunFacts, describe_checkpoint, find_damage, r
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from shoal.data_pipeline.manifest import CleaningFacts, Manifest
     from shoal.launcher.cleaning import Cleaning
 
 Progress = Callable[[str, int, int | None], None]
@@ -277,7 +278,7 @@ def shards_table(folder: Path) -> Table:
     Raises:
         DataError: no shards there, or the manifest was altered.
     """
-    from shoal.data_pipeline.manifest import DROPPED
+    from shoal.data_pipeline.manifest import DROPPED, REMOVED
     from shoal.data_pipeline.shards import read_manifest
 
     manifest = read_manifest(folder)
@@ -293,6 +294,7 @@ def shards_table(folder: Path) -> Table:
         "identity": manifest.shards_hash,
         "tokenizer": manifest.tokenizer_fingerprint,
     }
+    facts |= _packing_facts(manifest)
     for number, source in enumerate(manifest.sources, 1):
         facts[f"source {number}"] = (
             f"{source.path}: {source.documents:,} documents, {source.bytes:,} bytes"
@@ -304,7 +306,41 @@ def shards_table(folder: Path) -> Table:
         facts[f"dropped: {reason}"] = count
     if manifest.dropped.total:
         facts["list of dropped"] = folder / DROPPED
+    if manifest.cleaning is not None:
+        facts |= _cleaning_facts(manifest.cleaning)
+        facts["list of removed"] = folder / REMOVED
     return facts_table(f"shards {folder}", facts)
+
+
+def _packing_facts(manifest: Manifest) -> dict[str, object]:
+    """Say how documents became rows, and what that wastes."""
+    packing = manifest.packing
+    cut = packing.cut_documents
+    facts: dict[str, object] = {
+        "packing": f"{packing.method}, separator {packing.separator}",
+        "padding": f"{packing.padding_share:.2%} ({packing.padding_tokens:,} tokens)",
+        "documents cut": "not known"
+        if cut is None
+        else f"{cut:,} ({cut / max(manifest.documents, 1):.1%})",
+    }
+    for least, count in manifest.lengths.items():
+        most = max(0, 2 * int(least) - 1)
+        facts[f"documents of {least} to {most} tokens"] = count
+    if manifest.derived_from:
+        facts["made of shards"] = ", ".join(name[:16] for name in manifest.derived_from)
+    return facts
+
+
+def _cleaning_facts(cleaning: CleaningFacts) -> dict[str, object]:
+    """Say what was done to documents before they were tokenised."""
+    facts: dict[str, object] = {
+        "cleaning kept": f"{cleaning.documents_kept:,} of {cleaning.documents_read:,} documents, "
+        f"{cleaning.bytes_kept:,} of {cleaning.bytes_read:,} bytes",
+    }
+    facts |= {f"removed: {reason}": count for reason, count in cleaning.removed.items()}
+    facts |= {f"changed: {kind}": count for kind, count in cleaning.changed.items()}
+    facts |= {f"compared with {path}": sha[:16] for path, sha in cleaning.evaluation_sets.items()}
+    return facts
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -277,7 +277,7 @@ def test_statistics():
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.95])
-@pytest.mark.parametrize("context", [1, 2, 7, 8, 63, 512, 2048])
+@pytest.mark.parametrize("context", [1, 2, 7, 8, 63, 512, 2048, 9001])
 @pytest.mark.parametrize("dtype", ["<u2", "<u4"])
 def test_decoding_against_plain_sums(dtype, context, share):
     """Also of rows with more documents than a byte counts."""
