@@ -2,31 +2,22 @@
 
 One class a section. Unknown keys are refused (`load.py` names the nearest known one). Checks here
 need only the values themselves; whatever needs files or devices is checked where those are opened.
-Corpora are in `corpus.py`, studies in `study.py`.
+What a run reads is in `data.py`, corpora are in `corpus.py`, studies in `study.py`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from shoal.configs.data import DataConfig, Stream
 from shoal.configs.errors import ConfigError
+from shoal.configs.section import Count, Section, Share, ShareBelowOne
 
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-ShareBelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
-Count = Annotated[int, Field(ge=1)]
-
+__all__ = ["Count", "DataConfig", "RunConfig", "Section", "Share", "ShareBelowOne", "Stream"]
 
 EXPERT_MULTIPLE = 8
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, no unknown keys, finite numbers, defaults checked too."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
-    )
 
 
 class MoEConfig(Section):
@@ -166,21 +157,6 @@ class KernelConfig(Section):
     attention: Literal["auto", "reference", "sdpa"] = "auto"
     experts: Literal["auto", "loop", "grouped_mm"] = "auto"
     loss_chunk_tokens: Count = Field(2048, description="tokens whose logits exist at one time")
-
-
-class Stream(Section):
-    """Shards and their share of the training tokens."""
-
-    path: str = Field(description="folder of shards (one split) written by shoal prepare")
-    weight: float = Field(1.0, gt=0)
-
-
-class DataConfig(Section):
-    """What a run reads."""
-
-    train: tuple[Stream, ...] = Field(min_length=1)
-    validation: str | None = Field(None, description="folder of shards (one split)")
-    document_mask: bool = Field(True, description="tokens see only their own document")
 
 
 class TeacherConfig(Section):

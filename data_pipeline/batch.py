@@ -20,13 +20,14 @@ class Batch:
     """Rows of one forward pass.
 
     A padded row (`row_ids` = -1) makes the ranks' batches equal in shape; all its targets are
-    IGNORE, so it weighs nothing.
+    IGNORE, so it weighs nothing. Tensors may share memory: none is changed in place.
     """
 
     inputs: Tensor  # (rows, context) int64
     targets: Tensor  # (rows, context) int64, IGNORE where nothing is to be predicted
     segments: Tensor  # (rows, context) int32, document of each token, counted within the row
     row_ids: Tensor  # (rows,) int64, global row number
+    streams: Tensor | None = None  # (rows,) int64, number of the stream, -1 of a padded row
 
     @property
     def real_tokens(self) -> int:
@@ -40,4 +41,5 @@ class Batch:
             inputs=self.inputs.to(device, non_blocking=True),
             targets=self.targets.to(device, non_blocking=True),
             segments=self.segments.to(device, non_blocking=True),
+            streams=None if self.streams is None else self.streams.to(device, non_blocking=True),
         )

@@ -1,7 +1,7 @@
 """Batches of any step, from nothing but its number: what a run reads, in what order, on which rank.
 
-No state is kept and none is saved: position p of the run is row `permute(...)` of the stream that
-the mixture puts there, whatever the number of ranks.
+No state is kept and none is saved: position p of the run is the row that the mixture and the order
+of its stream put there, whatever the number of ranks.
 """
 
 from __future__ import annotations
@@ -12,18 +12,24 @@ import numpy as np
 import torch
 
 from shoal.configs.errors import ConfigError
+from shoal.data_pipeline.ahead import ReadAhead
 from shoal.data_pipeline.batch import IGNORE, PADDING_ROW, Batch
-from shoal.data_pipeline.mixture import Mixture, permute
+from shoal.data_pipeline.mixture import Mixture
+from shoal.data_pipeline.order import RowOrder
 from shoal.data_pipeline.packing import RowBatch
-from shoal.data_pipeline.rows import Rows, check_alike
+from shoal.data_pipeline.rows import Rows, bring_together, check_alike
+
+_PLAN_ROWS = 4096
+"""Rows whose order is worked out at one time: alone, a batch would take several times as long."""
 
 
 class Loader:
     """Training batches of one rank.
 
-    Every stream is read in its own endless order: each epoch is a permutation of its rows, keyed
-    by seed, stream and epoch. A batch is a stretch of the mixture, cut into equal contiguous parts
-    for the ranks; where they do not divide it, the last ones are filled with padded rows.
+    Every stream is read in its own endless order, keyed by seed and stream. A batch is a stretch of
+    the mixture, sorted by partition and cut into equal contiguous parts for the ranks, so that each
+    reads the same stretch of shards all along; where they do not divide it, the last ones are
+    filled with padded rows.
 
     Args:
         streams: Rows and the weight of each in the mixture; their tokenizer and row length agree.
@@ -33,6 +39,9 @@ class Loader:
         rank: This process.
         num_ranks: All processes.
         document_mask: Whether tokens see their own document only; without, a row is one segment.
+        mixture: Instead of the weights.
+        block_rows: Rows of a partition that are shuffled with each other; None: all.
+        read_ahead: Steps that a thread prepares beyond the one asked for.
     """
 
     def __init__(
@@ -45,6 +54,9 @@ class Loader:
         rank: int = 0,
         num_ranks: int = 1,
         document_mask: bool = True,
+        mixture: Mixture | None = None,
+        block_rows: int | None = None,
+        read_ahead: int = 0,
     ) -> None:
         if not streams:
             raise ConfigError("there is nothing to read", where="data.train")
@@ -57,10 +69,16 @@ class Loader:
         self.document_mask = document_mask
         self.micro_batches = deal_rows(batch_rows, micro_batch_rows, num_ranks)
         self.rank_rows = sum(self.micro_batches)
-        self.mixture = Mixture([weight for _, weight in streams])
+        self.mixture = mixture or Mixture([weight for _, weight in streams])
         sizes = np.asarray([len(rows) for rows in self.streams], dtype=np.int64)
-        self._sizes = sizes
         self._offsets = np.cumsum(sizes) - sizes
+        self._orders = [
+            RowOrder(len(rows), (seed, number), block_rows)
+            for number, rows in enumerate(self.streams)
+        ]
+        self._plan_steps = max(1, _PLAN_ROWS // batch_rows)
+        self._plan: tuple[int, np.ndarray] = (-1, np.empty((0, batch_rows), dtype=np.int64))
+        self._ahead = ReadAhead(self.read, read_ahead) if read_ahead else None
 
     @property
     def accumulation(self) -> int:
@@ -72,39 +90,69 @@ class Loader:
 
         A global row number is the stream's offset (the rows of the streams before it) + its row.
         """
-        positions = np.arange(step * self.batch_rows, (step + 1) * self.batch_rows)
-        places = self.mixture.locate(positions)
-        epochs, within = np.divmod(places.positions, self._sizes[places.streams])
-        result = np.empty(self.batch_rows, dtype=np.int64)
+        part, within = divmod(step, self._plan_steps)
+        planned, order = self._plan
+        if planned != part:
+            order = self._order(part * self._plan_steps)
+            self._plan = part, order
+        rows: np.ndarray = order[within]
+        return rows
+
+    def _order(self, step: int) -> np.ndarray:
+        """Return the global batches from a step on.  # (plan_steps, batch_rows) int64"""
+        shape = (self._plan_steps, self.batch_rows)
+        first = step * self.batch_rows
+        places = self.mixture.locate(np.arange(first, first + shape[0] * shape[1]))
+        rows = np.empty_like(places.streams)
+        partitions = np.empty_like(places.streams)
         for stream in np.unique(places.streams):
-            of_stream = places.streams == stream
-            for epoch in np.unique(epochs[of_stream]):
-                here = np.flatnonzero(of_stream & (epochs == epoch))
-                size = int(self._sizes[stream])
-                order = permute(within[here], size, self.seed, int(stream), int(epoch))
-                result[here] = order + self._offsets[stream]
-        return result
+            here = np.flatnonzero(places.streams == stream)
+            found, partitions[here] = self._orders[stream].locate(places.positions[here])
+            rows[here] = found + self._offsets[stream]
+        by_partition = np.argsort(partitions.reshape(shape), axis=1, kind="stable")
+        return np.take_along_axis(rows.reshape(shape), by_partition, axis=1)
 
     def microbatches(self, step: int) -> list[Batch]:
         """Return this rank's part of a step, in as many micro-batches as on every other rank.
 
         Raises:
-            DataError: a shard is missing or corrupt; names it.
+            DataError: a shard of it is missing or corrupt, or does not come; names it.
+            ConfigError: the cache of downloaded shards is too small for it.
         """
+        return self._ahead.get(step) if self._ahead else self.read(step)
+
+    def read(self, step: int) -> list[Batch]:
+        """Read what `microbatches` returns, now and in this thread."""
         mine = np.full(self.rank_rows, PADDING_ROW, dtype=np.int64)
         part = self.row_ids(step)[self.rank * self.rank_rows : (self.rank + 1) * self.rank_rows]
         mine[: len(part)] = part
-        cuts = np.cumsum(self.micro_batches)[:-1]
-        return [self._read(numbers) for numbers in np.split(mine, cuts)]
+        rows, streams = self._gather(mine, len(part))
+        return split_batch(rows, mine, streams, self.micro_batches, self.document_mask)
 
-    def _read(self, numbers: np.ndarray) -> Batch:
+    def count_rows(self, step: int) -> np.ndarray:
+        """Return how many rows of each stream come before a step.  # (streams,) int64"""
+        return self.mixture.count_rows(step * self.batch_rows)
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        if self._ahead:
+            self._ahead.close()
+
+    def _gather(self, numbers: np.ndarray, real: int) -> tuple[RowBatch, np.ndarray]:
+        """Return rows by global number, of which the first `real` are not padding."""
+        streams = np.full(len(numbers), PADDING_ROW, dtype=np.int64)
+        streams[:real] = np.searchsorted(self._offsets, numbers[:real], side="right") - 1
+        used = np.unique(streams[:real]).tolist()
+        if len(used) == 1 and real == len(numbers):
+            return self.streams[used[0]].gather(numbers - self._offsets[used[0]]), streams
         batch = empty_rows(self.streams[0], len(numbers))
-        of_row = np.searchsorted(self._offsets, numbers, side="right") - 1
-        for stream in np.unique(of_row[numbers >= 0]):
-            here = np.flatnonzero((of_row == stream) & (numbers >= 0))
-            rows = self.streams[stream]
-            fill_rows(batch, here, rows.gather(numbers[here] - self._offsets[stream]))
-        return make_batch(batch, numbers, self.document_mask)
+        places = [np.flatnonzero(streams == stream) for stream in used]
+        wanted = [numbers[here] - self._offsets[s] for s, here in zip(used, places, strict=True)]
+        rows = [self.streams[stream] for stream in used]
+        bring_together(rows, wanted)
+        for of_stream, here, within in zip(rows, places, wanted, strict=True):
+            put_rows(batch, here, of_stream.gather(within))
+        return batch, streams
 
 
 def deal_rows(batch_rows: int, micro_batch_rows: int, num_ranks: int) -> tuple[int, ...]:
@@ -126,22 +174,31 @@ def empty_rows(rows: Rows, count: int) -> RowBatch:
     )
 
 
-def fill_rows(batch: RowBatch, places: np.ndarray, rows: RowBatch) -> None:
-    """Put rows into the places of a batch."""
+def put_rows(batch: RowBatch, places: np.ndarray, rows: RowBatch) -> None:
+    """Put rows in the places of padded ones."""
     batch.tokens[places] = rows.tokens
     batch.segments[places] = rows.segments
     batch.targets[places] = rows.targets
 
 
-def make_batch(rows: RowBatch, numbers: np.ndarray, document_mask: bool) -> Batch:
-    """Turn rows into the tensors of a batch."""
+def split_batch(
+    rows: RowBatch,
+    numbers: np.ndarray,
+    streams: np.ndarray | None,
+    sizes: Sequence[int],
+    document_mask: bool,
+) -> list[Batch]:
+    """Turn rows into batches of `sizes` rows, whose tensors are views of one gather."""
     segments = rows.segments if document_mask else np.zeros_like(rows.segments)
-    return Batch(
-        inputs=torch.from_numpy(rows.tokens[:, :-1].copy()),
-        targets=torch.from_numpy(rows.targets.copy()),
-        segments=torch.from_numpy(segments),
-        row_ids=torch.from_numpy(numbers.copy()),
+    tokens = torch.from_numpy(rows.tokens)
+    columns = (
+        tokens[:, :-1].split(sizes),
+        torch.from_numpy(rows.targets).split(sizes),
+        torch.from_numpy(segments).split(sizes),
+        torch.from_numpy(numbers).split(sizes),
+        [None] * len(sizes) if streams is None else torch.from_numpy(streams).split(sizes),
     )
+    return [Batch(*parts) for parts in zip(*columns, strict=True)]
 
 
 def validation_batches(
@@ -200,5 +257,5 @@ class _ValidationBatches(Sequence[Batch]):
         numbers = self._parts[index]
         batch = empty_rows(self._rows, len(numbers))
         real = np.flatnonzero(numbers >= 0)
-        fill_rows(batch, real, self._rows.gather(numbers[real]))
-        return make_batch(batch, numbers, self._document_mask)
+        put_rows(batch, real, self._rows.gather(numbers[real]))
+        return split_batch(batch, numbers.copy(), None, [len(numbers)], self._document_mask)[0]

@@ -1,80 +1,31 @@
-"""Orders and mixtures as pure functions: which row of which stream comes at a position.
-
-Nothing here is drawn one after another, so any position is found in constant time and a resume
-needs no state but the position.
-"""
+"""Mixtures as pure functions of the position: which stream comes there, and its how-manyth row."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
 from shoal.configs.errors import ConfigError
+from shoal.configs.schema import DataConfig
+from shoal.data_pipeline.order import permute, scramble
+
+__all__ = ["BLOCK_ROWS", "Mixture", "Pattern", "Places", "permute", "plan_mixture", "scramble"]
 
 BLOCK_ROWS = 1024
-"""Rows after which every stream has had exactly its share."""
+"""Rows after which streams mixed by weight have had exactly their shares."""
 
-_ROUNDS = 8
-
-
-@lru_cache(maxsize=256)
-def _round_keys(*parts: int | str) -> tuple[np.uint64, ...]:
-    """Return one 64-bit key a Feistel round, from a hash of what the order depends on."""
-    seedling = "/".join(str(part) for part in parts).encode()
-    digest = hashlib.blake2b(seedling, digest_size=8 * _ROUNDS).digest()
-    return tuple(np.frombuffer(digest, dtype="<u8"))
+_TABLE_ROWS = 1 << 16
+"""Patterns up to this length are laid out once as a table."""
 
 
-def scramble(values: np.ndarray, key: np.uint64) -> np.ndarray:
-    """Mix 64-bit words under a key (the finaliser of SplitMix64, Steele et al. 2014)."""
-    mixed = values + key
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
-
-
-def permute(positions: np.ndarray, size: int, *key: int | str) -> np.ndarray:
-    """Return where each position goes in a permutation of `range(size)` chosen by `key`.
-
-    A Feistel network over the smallest power of two that holds `size` (Luby and Rackoff 1988);
-    results outside the range are sent through again until they fall inside (cycle walking, Black
-    and Rogaway 2002, section 4), which keeps it a permutation. Costs the same at any position.
-
-    Args:
-        positions: Numbers below `size`, any order, repeats allowed.  # (n,) int64
-        size: Length of the permuted range.
-        *key: Whatever the permutation depends on: a seed, a stream, an epoch.
-
-    Returns:
-        (n,) int64.
-    """
-    keys = _round_keys(*key)
-    bits = max(2, (size - 1).bit_length())
-    low_bits = np.uint64(bits // 2)
-    low_mask = np.uint64((1 << int(low_bits)) - 1)
-    high_mask = np.uint64((1 << (bits - int(low_bits))) - 1)
-    result = np.asarray(positions).astype(np.uint64)
-    walking = np.arange(result.size)
-    while walking.size:
-        values = result[walking]
-        low, high = values & low_mask, values >> low_bits
-        for number, round_key in enumerate(keys):
-            if number % 2:
-                high = high ^ (scramble(low, round_key) & high_mask)
-            else:
-                low = low ^ (scramble(high, round_key) & low_mask)
-        values = (high << low_bits) | low
-        result[walking] = values
-        walking = walking[values >= np.uint64(size)]
-    return result.astype(np.int64)
-
-
-def share_block(weights: Sequence[float], block: int = BLOCK_ROWS) -> list[int]:
+def share_block(
+    weights: Sequence[float], block: int = BLOCK_ROWS, where: str = "data.train"
+) -> list[int]:
     """Return how many of `block` rows each stream gets: largest remainders, at least one each.
+
+    A weight of 0 gets none.
 
     Raises:
         ConfigError: more streams than rows in a block, or a share too small for one row.
@@ -82,24 +33,24 @@ def share_block(weights: Sequence[float], block: int = BLOCK_ROWS) -> list[int]:
     if len(weights) > block:
         raise ConfigError(
             f"{len(weights)} streams do not fit into blocks of {block} rows",
-            where="data.train",
+            where=where,
             fix="join some: one corpus may have many sources",
         )
     total = float(sum(weights))
     exact = [weight / total * block for weight in weights]
     for number, rows in enumerate(exact):
-        if rows < 0.5:
+        if 0 < rows < 0.5:
             raise ConfigError(
                 f"weight {weights[number]:g} is {rows / block:.2g} of the mixture, less than the "
                 f"smallest share that can be kept, 1 row in {2 * block}",
-                where=f"data.train.{number}.weight",
+                where=f"{where}.{number}.weight",
                 fix="raise it, or leave the stream out",
             )
-    counts = [max(1, int(rows)) for rows in exact]
+    counts = [max(1, int(rows)) if rows else 0 for rows in exact]
     while missing := block - sum(counts):
         step = 1 if missing > 0 else -1
         # Rounding small shares up must not take the one row of another.
-        movable = [i for i, count in enumerate(counts) if count + step >= 1]
+        movable = [i for i, count in enumerate(counts) if count and count + step >= 1]
         counts[max(movable, key=lambda i: (step * (exact[i] - counts[i]), -i))] += step
     return counts
 
@@ -112,26 +63,197 @@ class Places:
     positions: np.ndarray  # (n,) int64, position within the stream's own endless order
 
 
-class Mixture:
-    """Streams interleaved in blocks of BLOCK_ROWS rows that repeat one even pattern.
+class Pattern:
+    """`counts[s]` rows of every stream s, spread evenly over their sum; then the same again.
 
-    Every block holds exactly `share_block` rows of each stream, and every stretch within it holds
-    a stream's share to within a row or so, so that the steps of a run differ little in what they
-    see.
+    Row i of a stream has its ideal place at the share (2 i + 1) / (2 count) of the pattern, and the
+    pattern is all rows by ideal place, streams of lower number first. Every stretch holds a
+    stream's share to within a row or so, so that steps differ little in what they see. Any stretch
+    is found without those before it: ideal places tell to within half a row a stream how much of
+    each stream came before.
     """
 
-    def __init__(self, weights: Sequence[float], block: int = BLOCK_ROWS) -> None:
-        self.counts = np.asarray(share_block(weights, block), dtype=np.int64)
-        self.block = block
-        streams = np.repeat(np.arange(len(self.counts)), self.counts)
-        turns = np.concatenate([np.arange(count) for count in self.counts])
-        ideal = (turns + 0.5) * (block / self.counts[streams])
-        order = np.lexsort((streams, ideal))
-        self._streams = streams[order].astype(np.int64)
-        self._turns = turns[order].astype(np.int64)
+    def __init__(self, counts: Sequence[int]) -> None:
+        self.counts = np.asarray(counts, dtype=np.int64)
+        self.length = int(self.counts.sum())
+        self._table = self._lay_out(0, self.length) if self.length <= _TABLE_ROWS else None
+
+    def locate(self, positions: np.ndarray) -> Places:
+        """Return stream and position within the stream; positions in any order.  # (n,) int64"""
+        periods, within = np.divmod(positions, self.length)
+        if self._table:
+            streams, turns = self._table.streams[within], self._table.positions[within]
+        else:
+            streams, turns = np.empty_like(within), np.empty_like(within)
+            for period in np.unique(periods):
+                here = np.flatnonzero(periods == period)
+                first, last = int(within[here].min()), int(within[here].max()) + 1
+                part = self._lay_out(first, last)
+                streams[here] = part.streams[within[here] - first]
+                turns[here] = part.positions[within[here] - first]
+        return Places(streams, periods * self.counts[streams] + turns)
+
+    def count_rows(self, position: int) -> np.ndarray:
+        """Return how many rows of each stream come before a position.  # (streams,) int64"""
+        periods, rest = divmod(position, self.length)
+        streams, _, low = self._list_near(rest, rest)
+        early = np.bincount(streams[: rest - int(low.sum())], minlength=len(self.counts))
+        return periods * self.counts + low + early
+
+    def _lay_out(self, first: int, last: int) -> Places:
+        """Return the places first..last-1 of one period."""
+        streams, turns, low = self._list_near(first, last)
+        chosen = slice(first - int(low.sum()), last - int(low.sum()))
+        return Places(streams[chosen], turns[chosen])
+
+    def _list_near(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return streams and turns of the rows around a stretch in order, and those before them.
+
+        The first x places hold x times a stream's share of its rows, to within half a row for each
+        of the streams together and one for rounding.
+        """
+        share = self.counts / self.length
+        slack = share * (len(self.counts) / 2 + 1) + 2
+        low = np.clip(np.floor(first * share - slack), 0, self.counts).astype(np.int64)
+        high = np.clip(np.ceil(last * share + slack), 0, self.counts).astype(np.int64)
+        near = high - low
+        streams = np.repeat(np.arange(len(near)), near)
+        turns = np.arange(near.sum()) - np.repeat(np.cumsum(near) - near, near) + low[streams]
+        # Rounded the same way wherever a stretch begins: the order is one and the same.
+        order = np.lexsort((streams, (2 * turns + 1) / self.counts[streams]))
+        return streams[order], turns[order], low
+
+
+class Mixture:
+    """Streams interleaved by one pattern, or by several that follow each other at given rows.
+
+    Args:
+        weights: Of the streams; their shares hold exactly in every block of BLOCK_ROWS rows.
+        patterns: Instead of weights: patterns and the row each begins at, the first at 0; the last
+            goes on for ever.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[float] = (),
+        block: int = BLOCK_ROWS,
+        *,
+        patterns: Sequence[tuple[int, Pattern]] = (),
+    ) -> None:
+        patterns = patterns or [(0, Pattern(share_block(weights, block)))]
+        self.starts = np.asarray([start for start, _ in patterns], dtype=np.int64)
+        self.patterns = [pattern for _, pattern in patterns]
+        before = [np.zeros_like(self.patterns[0].counts)]
+        for pattern, length in zip(self.patterns, np.diff(self.starts), strict=False):
+            before.append(before[-1] + length // pattern.length * pattern.counts)
+        self._before = before
+        """Rows of every stream that earlier patterns have given."""
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Rows of every stream in one period of the first pattern.  # (streams,) int64"""
+        return self.patterns[0].counts
 
     def locate(self, positions: np.ndarray) -> Places:
         """Return stream and position within the stream of positions of the mixture."""
-        blocks, offsets = np.divmod(np.asarray(positions, dtype=np.int64), self.block)
-        streams = self._streams[offsets]
-        return Places(streams, blocks * self.counts[streams] + self._turns[offsets])
+        positions = np.asarray(positions, dtype=np.int64)
+        phases = np.searchsorted(self.starts, positions, side="right") - 1
+        if not len(positions) or phases.min() == phases.max():
+            return self._locate_in(int(phases[0]) if len(phases) else 0, positions)
+        streams, turns = np.empty_like(positions), np.empty_like(positions)
+        for phase in np.unique(phases):
+            here = np.flatnonzero(phases == phase)
+            part = self._locate_in(int(phase), positions[here])
+            streams[here], turns[here] = part.streams, part.positions
+        return Places(streams, turns)
+
+    def _locate_in(self, phase: int, positions: np.ndarray) -> Places:
+        places = self.patterns[phase].locate(positions - self.starts[phase])
+        return Places(places.streams, places.positions + self._before[phase][places.streams])
+
+    def count_rows(self, position: int) -> np.ndarray:
+        """Return how many rows of each stream come before a position.  # (streams,) int64"""
+        phase = int(np.searchsorted(self.starts, position, side="right")) - 1
+        inside = self.patterns[phase].count_rows(position - int(self.starts[phase]))
+        return self._before[phase] + inside
+
+
+def plan_mixture(
+    data: DataConfig, sizes: Sequence[int], context: int, run_rows: int, step_rows: int = 1
+) -> Mixture:
+    """Return the mixture of a run.
+
+    Streams with `repeat` or `choose` give exactly that many rows over the run, spread evenly; the
+    rest of the run is shared by weight. Without such streams, shares hold in every block of
+    BLOCK_ROWS rows whatever the length of the run, and a schedule may change the weights.
+
+    Args:
+        data: What the run reads.
+        sizes: Rows of every stream.
+        context: Tokens of a row.
+        run_rows: Rows of the whole run.
+        step_rows: Rows of a step; where streams give too few for the last one by less than that, it
+            is filled by beginning again.
+
+    Raises:
+        ConfigError: the streams give more, or fewer, rows than the run takes, or a share is too
+            small.
+    """
+    if not any(stream.is_counted for stream in data.train):
+        return _schedule(data, context)
+    counted = [_count(stream.repeat, stream.choose, size)
+               for stream, size in zip(data.train, sizes, strict=True)]  # fmt: skip
+    left = run_rows - sum(counted)
+    weights = [0.0 if stream.is_counted else stream.share for stream in data.train]
+    if left < 0 or (left >= step_rows and not any(weights)):
+        raise ConfigError(
+            f"the streams give {sum(counted):,} rows by repeat and choose, and the run takes "
+            f"{run_rows:,}",
+            where="data.train",
+            fix=f"set train.tokens={sum(counted) * context}, or let one stream have a weight: it "
+            "takes what is left",
+        )
+    shared = _divide(weights, left) if any(weights) else [0] * len(weights)
+    return Mixture(patterns=[(0, Pattern([a + b for a, b in zip(counted, shared, strict=True)]))])
+
+
+def _count(repeat: float | None, choose: int | None, size: int) -> int:
+    return round(repeat * size) if repeat else choose or 0
+
+
+def _divide(weights: Sequence[float], rows: int) -> list[int]:
+    """Divide rows by weight, by largest remainders."""
+    exact = [weight / sum(weights) * rows for weight in weights]
+    counts = [int(share) for share in exact]
+    late = sorted(range(len(counts)), key=lambda i: (counts[i] - exact[i], i))
+    for number in late[: rows - sum(counts)]:
+        counts[number] += 1
+    return counts
+
+
+def _schedule(data: DataConfig, context: int) -> Mixture:
+    """Return the patterns of a schedule; they change at the next whole block of rows."""
+    names = [stream.label for stream in data.train]
+    patterns = []
+    if not data.schedule or data.schedule[0].from_tokens:
+        weights = [stream.share for stream in data.train]
+        patterns.append((0, Pattern(share_block(weights))))
+    for number, change in enumerate(data.schedule):
+        rows = -(-change.from_tokens // context)
+        start = -(-rows // BLOCK_ROWS) * BLOCK_ROWS
+        weights = [change.weights.get(name, 0.0) for name in names]
+        if patterns and start == patterns[-1][0]:
+            raise ConfigError(
+                f"changes at the same row as the entry before: rows come in blocks of {BLOCK_ROWS}",
+                where=f"data.schedule.{number}.from_tokens",
+                fix=f"leave {BLOCK_ROWS * context} tokens or more between two changes",
+            )
+        counts = share_block(weights, where=f"data.schedule.{number}")
+        patterns.append((start, Pattern(counts)))
+    return Mixture(patterns=patterns)
+
+
+def describe_shares(rows: Mapping[str, int]) -> str:
+    """Return realised shares as a ledger notes them, such as `general 0.75, law 0.25`."""
+    total = sum(rows.values())
+    return ", ".join(f"{name} {count / total:.4g}" for name, count in rows.items() if total)

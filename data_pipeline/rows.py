@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from shoal.configs.data import is_url
 from shoal.configs.errors import DataError
+from shoal.data_pipeline.cache import RemoteShards, ShardCache
 from shoal.data_pipeline.manifest import (
     Manifest,
     check_shard,
@@ -18,6 +20,35 @@ from shoal.data_pipeline.manifest import (
 from shoal.data_pipeline.mds import open_mds, row_type
 from shoal.data_pipeline.packing import RowBatch, decode_rows
 
+_FEW_ROWS = 8
+"""With fewer rows of each shard it is quicker to copy them one by one."""
+
+_TRIES = 5
+
+
+class LocalShards:
+    """Shards that lie in a folder."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+
+    def need(self, numbers: Sequence[int]) -> int:
+        """Return the bytes of shards that must be in a cache at once: none."""
+        return 0
+
+    def bring(self, numbers: Sequence[int], beside: int = 0) -> None:
+        """Nothing to do: they are there, or opening them says so."""
+
+    def path(self, number: int) -> Path:
+        """Return the file of a shard, checked."""
+        shard = self.manifest.shards[number]
+        check_shard(self.folder, shard)
+        return self.folder / shard.file
+
+    def let_go(self, numbers: Sequence[int]) -> list[int]:
+        """Return none: files that stay take up no more space when mapped."""
+        return []
+
 
 class Rows:
     """The rows of one split, by number.
@@ -26,29 +57,50 @@ class Rows:
     here, so that a mapped shard is a matrix. Errors are raised by the call that meets them.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, files: RemoteShards | None = None) -> None:
         self.folder = folder
         self.manifest = manifest
+        self._files: LocalShards | RemoteShards = files or LocalShards(folder, manifest)
         self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
         self._row_bytes = row_type(manifest.context, self._dtype).itemsize
         counts = [shard.rows for shard in manifest.shards]
         self._ends = np.cumsum(np.asarray(counts, dtype=np.int64))
+        self._first_rows = self._ends - counts
         self._mapped: dict[int, np.ndarray] = {}
 
     @classmethod
-    def open(cls, folder: str | Path) -> Rows:
+    def open(cls, folder: str | Path, cache: ShardCache | None = None) -> Rows:
         """Open a folder of shards; reads its manifest and the tokenizer's files, no shard.
+
+        Args:
+            folder: Of one split, or its URL, such as s3://bucket/corpus/train.
+            cache: Where shards of a URL are kept; None: the user's, without limit.
 
         Raises:
             DataError: no shards there, the manifest was altered, or the tokenizer beside the
                 shards is not theirs.
         """
+        if is_url(folder):
+            cache = cache or ShardCache.choose(None, None, 60)
+            files = cache.open_split(str(folder))
+            check_tokenizer(files.folder, files.manifest)
+            return cls(files.folder, files.manifest, files)
         manifest = read_manifest(folder)
         check_tokenizer(Path(folder), manifest)
         return cls(Path(folder), manifest)
 
     def __len__(self) -> int:
         return self.manifest.rows
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether its shards are downloaded."""
+        return isinstance(self._files, RemoteShards)
+
+    @property
+    def where(self) -> Path | str:
+        """The folder, or the URL it stands for."""
+        return self.folder if isinstance(self._files, LocalShards) else self._files.remote.url
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -68,28 +120,84 @@ class Rows:
         numbers = np.asarray(row_numbers, dtype=np.int64)
         if numbers.size and (numbers.min() < 0 or numbers.max() >= len(self)):
             raise IndexError(f"rows are numbered from 0 to {len(self) - 1}")
+        return decode_rows(self._gather_raw(numbers), self.manifest.context, self._dtype)
+
+    def bring(self, row_numbers: np.ndarray, beside: int = 0) -> int:
+        """Have the shards of rows ready; return the bytes of a cache that takes.
+
+        Args:
+            row_numbers: (n,) int64.
+            beside: Bytes of that cache that are needed at the same time for something else.
+
+        Raises:
+            DataError: a shard does not come, or not as it should be; names it.
+            ConfigError: the cache cannot hold all at once.
+        """
+        used = np.unique(np.searchsorted(self._ends, row_numbers, side="right")).tolist()
+        self._files.bring(used, beside)
+        return self._files.need(used)
+
+    def _gather_raw(self, numbers: np.ndarray) -> np.ndarray:
+        """Return rows as they are stored.  # (n, bytes of a row) uint8"""
         shards = np.searchsorted(self._ends, numbers, side="right")
+        within = numbers - self._first_rows[shards]
+        used = np.unique(shards).tolist()
+        self._files.bring(used)
+        if len(used) == 1:
+            return self._map(used[0])[within]
         raw = np.empty((numbers.size, self._row_bytes), dtype=np.uint8)
-        for shard in np.unique(shards):
+        if numbers.size < _FEW_ROWS * len(used):
+            for place, (shard, row) in enumerate(
+                zip(shards.tolist(), within.tolist(), strict=True)
+            ):
+                raw[place] = self._map(shard)[row]
+            return raw
+        for shard in used:
             here = np.flatnonzero(shards == shard)
-            first = self._ends[shard] - self.manifest.shards[shard].rows
-            raw[here] = self._map(int(shard))[numbers[here] - first]
-        return decode_rows(raw, self.manifest.context, self._dtype)
+            raw[here] = self._map(shard)[within[here]]
+        return raw
 
     def _map(self, number: int) -> np.ndarray:
         """Return a shard as a matrix of bytes, (rows, bytes of a row), checked once."""
-        if number not in self._mapped:
-            shard = self.manifest.shards[number]
-            check_shard(self.folder, shard)
-            self._mapped[number] = open_mds(
-                self.folder / shard.file,
-                shard.rows,
-                shard.raw_bytes,
-                self.manifest.context,
-                self._dtype,
-                self.manifest.compression,
-            )
-        return self._mapped[number]
+        mapped = self._mapped.get(number)
+        if mapped is not None:
+            return mapped
+        for left in self._files.let_go(list(self._mapped)):
+            del self._mapped[left]
+        shard = self.manifest.shards[number]
+        for _ in range(_TRIES):
+            file = self._files.path(number)
+            try:
+                mapped = open_mds(
+                    file,
+                    shard.rows,
+                    shard.raw_bytes,
+                    self.manifest.context,
+                    self._dtype,
+                    self.manifest.compression,
+                )
+            except FileNotFoundError:  # evicted by another job since it was checked
+                continue
+            self._mapped[number] = mapped
+            return mapped
+        raise DataError(
+            "shard is removed again and again before it is read",
+            where=file,
+            fix="other jobs share the cache: raise data.cache_bytes, or set another data.cache",
+        )
+
+
+def bring_together(streams: Sequence[Rows], numbers: Sequence[np.ndarray]) -> None:
+    """Have the shards of rows of several streams ready, all at once.
+
+    Raises:
+        DataError: a shard does not come, or not as it should be; names it.
+        ConfigError: the cache cannot hold all at once.
+    """
+    needed = 0
+    for rows, wanted in zip(streams, numbers, strict=True):
+        if rows.is_remote:
+            needed += rows.bring(wanted, needed)
 
 
 def check_alike(streams: Sequence[Rows]) -> None:
@@ -103,12 +211,12 @@ def check_alike(streams: Sequence[Rows]) -> None:
         if rows.manifest.tokenizer_fingerprint != first.tokenizer_fingerprint:
             raise DataError(
                 "was written with another tokenizer than the first stream",
-                where=rows.folder,
+                where=rows.where,
                 fix="prepare both with one tokenizer (tokenizer.path=FOLDER)",
             )
         if rows.manifest.context != first.context:
             raise DataError(
                 f"has rows of {rows.manifest.context} tokens, the first stream of {first.context}",
-                where=rows.folder,
+                where=rows.where,
                 fix="prepare both with one context",
             )

@@ -20,6 +20,8 @@ class LossSums(NamedTuple):
     """Negative log-likelihood of the targets, nats."""
     distillation: Tensor
     """temperature^2 x KL(teacher || student) at that temperature, nats."""
+    per_token: Tensor
+    """The summands of the cross-entropy.  # (tokens,) fp32"""
 
 
 class _Terms(NamedTuple):
@@ -93,9 +95,11 @@ def reference_loss(
     """Compute what `chunked_loss` computes, with whole logits and torch's own gradients."""
     _check_teacher(weight, teacher_hidden, teacher_weight)
     logits = F.linear(hidden, weight).float()  # (tokens, vocab)
-    cross_entropy = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+    each = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
+    cross_entropy, per_token = each.sum(), each.detach()
     if teacher_hidden is None or teacher_weight is None:
-        return LossSums(cross_entropy, cross_entropy.detach(), torch.zeros_like(cross_entropy))
+        nothing = torch.zeros_like(cross_entropy)
+        return LossSums(cross_entropy, cross_entropy.detach(), nothing, per_token)
     student = F.log_softmax(logits / temperature, dim=-1)
     with torch.no_grad():
         teacher_logits = F.linear(teacher_hidden, teacher_weight).float()
@@ -103,7 +107,7 @@ def reference_loss(
     per_token = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
     distillation = temperature**2 * per_token[targets != IGNORE].sum()
     total = (1 - teacher_share) * cross_entropy + teacher_share * distillation
-    return LossSums(total, cross_entropy.detach(), distillation.detach())
+    return LossSums(total, cross_entropy.detach(), distillation.detach(), per_token)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -112,12 +116,12 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, terms: _Terms
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wanted = ctx.needs_input_grad[:2]
         sums, grad_hidden, grad_weight = _sum_chunks(hidden, weight, terms, wanted)
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.mark_non_differentiable(sums.cross_entropy, sums.distillation)
-        return sums.total, sums.cross_entropy, sums.distillation
+        ctx.mark_non_differentiable(sums.cross_entropy, sums.distillation, sums.per_token)
+        return sums.total, sums.cross_entropy, sums.distillation, sums.per_token
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -133,14 +137,17 @@ def _sum_chunks(
 ) -> tuple[LossSums, Tensor | None, Tensor | None]:
     """Return the sums, and the gradients of `total` for hidden and weight where wanted."""
     sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)
+    per_token = torch.empty(len(terms.targets), dtype=torch.float32, device=hidden.device)
     grad_hidden = torch.empty_like(hidden) if wanted[0] else None
     # Summed over chunks in fp32: bf16 would lose the small ones.
     grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
     for start in range(0, terms.targets.shape[0], terms.chunk_tokens):
         part = slice(start, start + terms.chunk_tokens)
         states = hidden[part]
-        chunk_sums, grad_logits = _sum_chunk(states, weight, terms, part, any(wanted))
-        sums += chunk_sums
+        per_token[part], distillation, grad_logits = _sum_chunk(
+            states, weight, terms, part, any(wanted)
+        )
+        sums += torch.stack([per_token[part].sum(), distillation])
         if grad_logits is None:
             continue
         grad_logits = grad_logits.to(hidden.dtype)
@@ -152,21 +159,25 @@ def _sum_chunks(
     total = (1 - share) * sums[0] + share * sums[1]
     if grad_weight is not None:
         grad_weight = grad_weight.to(weight.dtype)
-    return LossSums(total, sums[0].clone(), sums[1].clone()), grad_hidden, grad_weight
+    found = LossSums(total, sums[0].clone(), sums[1].clone(), per_token)
+    return found, grad_hidden, grad_weight
 
 
 def _sum_chunk(
     states: Tensor, weight: Tensor, terms: _Terms, part: slice, with_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Return (cross-entropy, distillation) of one chunk, and the gradient of its logits, fp32."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return one chunk's cross-entropy a token, its distillation, and the gradient of its logits.
+
+    All in fp32.
+    """
     targets = terms.targets[part]
     counts = targets != IGNORE
     safe = torch.where(counts, targets, 0)[:, None]
     logits = F.linear(states, weight).float()  # (chunk, vocab)
     log_probabilities = F.log_softmax(logits, dim=-1)
     likelihoods = log_probabilities.gather(-1, safe)[:, 0]
-    cross_entropy = -torch.where(counts, likelihoods, 0.0).sum()
-    distillation = torch.zeros_like(cross_entropy)
+    cross_entropy = -torch.where(counts, likelihoods, 0.0)
+    distillation = cross_entropy.new_zeros(())
     gradient = None
     if with_gradient:
         gradient = log_probabilities.exp_()
@@ -183,7 +194,7 @@ def _sum_chunk(
             # d(T^2 KL)/dlogits = T (student - teacher), both at temperature T.
             pull = student.exp_().sub_(teacher.exp_())
             gradient.add_(pull.mul_((terms.teacher_share * temperature * counts)[:, None]))
-    return torch.stack([cross_entropy, distillation]), gradient
+    return cross_entropy, distillation, gradient
 
 
 def _add_product(total: Tensor, grad_logits: Tensor, states: Tensor) -> None:

@@ -90,9 +90,7 @@ def check_cluster(
 
 def _make_request(config: RunConfig, folder: Path, token: str, first: Host) -> Request:
     """Return what every machine is asked about a run; paths are the same on all of them."""
-    streams = [stream.path for stream in config.data.train]
-    streams += [config.data.validation] if config.data.validation else []
-    shards = [str(Path(stream).absolute()) for stream in streams]
+    shards = [str(Path(folder).absolute()) for folder in config.data.local_folders]
     own_disk = config.checkpoint.copies != "shared"
     return Request(str(folder), token, first=first.name, shards=shards, own_disk=own_disk)
 

@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.configs.corpus import PrepareConfig
+from shoal.configs.data import DataConfig, is_url
 from shoal.configs.load import load_config
 from shoal.configs.schema import RunConfig
 from shoal.launcher.runs import run_folder
 
 if TYPE_CHECKING:
-    from shoal.data_pipeline.shards import Manifest, Prepared, Rows
+    from shoal.data_pipeline.manifest import Manifest
+    from shoal.data_pipeline.mixture import Mixture
+    from shoal.data_pipeline.rows import Rows
+    from shoal.data_pipeline.shards import Prepared
     from shoal.launcher.tables import Progress
     from shoal.launcher.world import World
 
@@ -25,16 +29,49 @@ class Corpus:
     """The shards of a run, opened."""
 
     train: list[tuple[Rows, float]]
-    validation: Rows | None
+    validations: dict[str, Rows]
+    data: DataConfig
 
     @property
     def manifest(self) -> Manifest:
         """Manifest of the first training stream; the others agree on tokenizer and row length."""
         return self.train[0][0].manifest
 
+    @property
+    def validation(self) -> Rows | None:
+        """The first of the splits to validate on."""
+        return next(iter(self.validations.values()), None)
+
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint remembers of its data."""
-        return {"streams": [[rows.manifest.shards_hash, weight] for rows, weight in self.train]}
+        """What a checkpoint remembers of its data: the rows, how much of each, and their order."""
+        from shoal.data_pipeline.order import ORDER_VERSION
+
+        order: dict[str, Any] = {"version": ORDER_VERSION}
+        if self.data.shuffle_block_rows:
+            order["block_rows"] = self.data.shuffle_block_rows
+        if self.data.schedule:
+            numbers = {stream.label: n for n, stream in enumerate(self.data.train)}
+            order["schedule"] = [
+                [change.from_tokens, {str(numbers[k]): w for k, w in change.weights.items()}]
+                for change in self.data.schedule
+            ]
+        streams = zip(self.train, self.data.train, strict=True)
+        measured = [[rows.manifest.shards_hash, stream.measure] for (rows, _), stream in streams]
+        return {"streams": measured, "order": order}
+
+    def mixture(self, config: RunConfig) -> Mixture:
+        """Return which stream is read where in the run.
+
+        Raises:
+            ConfigError: the streams do not give the rows the run takes.
+        """
+        from shoal.data_pipeline.mixture import plan_mixture
+
+        sizes = [len(rows) for rows, _ in self.train]
+        batch_rows = config.train.batch_rows
+        return plan_mixture(
+            self.data, sizes, self.manifest.context, config.steps * batch_rows, batch_rows
+        )
 
 
 def ensure_prepared(config: RunConfig) -> None:
@@ -53,8 +90,7 @@ def _is_under_way(config: RunConfig) -> bool:
     """
     from shoal.trainer.checkpoint import list_checkpoints
 
-    folders = [Path(stream.path) for stream in config.data.train]
-    folders += [Path(config.data.validation)] if config.data.validation else []
+    folders = [Path(path) for path in config.data.local_folders]
     started = bool(list_checkpoints(run_folder(config) / "checkpoints"))
     return started and all((folder / "manifest.json").is_file() for folder in folders)
 
@@ -91,7 +127,7 @@ def wait_for_corpus(config: RunConfig, world: World) -> None:
         ensure_prepared(config)
         open_corpus(config)
         return
-    folders = [Path(stream.path) for stream in config.data.train]
+    folders = [Path(stream.path) for stream in config.data.train if not is_url(stream.path)]
     while config.prepare and not all((f / "manifest.json").is_file() for f in folders):
         time.sleep(WAIT_SECONDS)
 
@@ -104,10 +140,14 @@ def open_corpus(config: RunConfig) -> Corpus:
             belong together.
         ConfigError: the model's context is not that of the rows.
     """
-    from shoal.data_pipeline.shards import Rows, check_alike, check_context
+    from shoal.data_pipeline.cache import ShardCache
+    from shoal.data_pipeline.manifest import check_context
+    from shoal.data_pipeline.rows import Rows, check_alike
 
-    streams = [(Rows.open(Path(s.path)), s.weight) for s in config.data.train]
-    validation = Rows.open(Path(config.data.validation)) if config.data.validation else None
-    check_alike([*(rows for rows, _ in streams), *([validation] if validation else [])])
+    data = config.data
+    cache = ShardCache.choose(data.cache, data.cache_bytes, data.download_seconds)
+    streams = [(Rows.open(stream.path, cache), stream.share) for stream in data.train]
+    validations = {name: Rows.open(path, cache) for name, path in data.validations.items()}
+    check_alike([*(rows for rows, _ in streams), *validations.values()])
     check_context(streams[0][0].manifest, config.model.context)
-    return Corpus(streams, validation)
+    return Corpus(streams, validations, data)

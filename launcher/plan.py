@@ -129,7 +129,9 @@ def _describe_checkpoints(config: RunConfig) -> str:
 
 
 def _describe_stream(stream: Stream) -> str:
-    return stream.path if stream.weight == 1.0 else f"{stream.path} (weight {stream.weight:g})"
+    if isinstance(stream.measure, str):
+        return f"{stream.path} ({stream.measure})"
+    return stream.path if stream.share == 1.0 else f"{stream.path} (weight {stream.share:g})"
 
 
 def _count_passes(config: RunConfig) -> str:

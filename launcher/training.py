@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import socket
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +84,7 @@ def _train_one(config: RunConfig, world: World, device: torch.device) -> None:
             engine,
             loader,
             config,
-            _run_facts(config, world, objective, engine.stage),
+            _run_facts(config, world, objective, engine.stage, loader),
             validation=_validation(config, corpus, world),
             stop_requested=lambda: world.stop.requested,
             position=position,
@@ -95,6 +95,7 @@ def _train_one(config: RunConfig, world: World, device: torch.device) -> None:
             raise
         if world.rank == 0:  # a rate that is too high is a result of a search, not its end
             write_text(folder / DIVERGED, str(error))
+    loader.close()
     engine.close()
     if lock:
         lock.close()
@@ -210,7 +211,8 @@ def _build_objective(config: RunConfig, corpus: Corpus, device: torch.device) ->
     if config.train.compile:
         for block in model.blocks:
             block.compile()
-    return Objective(model, load_teacher(config, corpus.manifest, device, dtype))
+    teacher = load_teacher(config, corpus.manifest, device, dtype)
+    return Objective(model, teacher, num_streams=len(corpus.train))
 
 
 def _build_loader(config: RunConfig, corpus: Corpus, world: World) -> Loader:
@@ -224,14 +226,25 @@ def _build_loader(config: RunConfig, corpus: Corpus, world: World) -> Loader:
         rank=world.rank,
         num_ranks=world.num_ranks,
         document_mask=config.data.document_mask,
+        mixture=corpus.mixture(config),
+        block_rows=config.data.shuffle_block_rows,
+        read_ahead=config.data.read_ahead_steps,
     )
 
 
-def _run_facts(config: RunConfig, world: World, objective: Objective, stage: int) -> RunFacts:
+def _run_facts(
+    config: RunConfig, world: World, objective: Objective, stage: int, loader: Loader
+) -> RunFacts:
     from shoal.trainer.cost import training_flops_per_token
     from shoal.trainer.segment import RunFacts
 
     teacher = objective.teacher
+    names = tuple(stream.label for stream in config.data.train)
+
+    def count_rows(first: int, last: int) -> dict[str, int]:
+        rows = loader.count_rows(last) - loader.count_rows(first)
+        return dict(zip(names, rows.tolist(), strict=True))
+
     versions = {name: metadata.version(name) for name in ("torch", "deepspeed")}
     return RunFacts(
         folder=run_folder(config),
@@ -242,6 +255,8 @@ def _run_facts(config: RunConfig, world: World, objective: Objective, stage: int
             config.model, config.model.context, teacher.model.config if teacher else None
         ),
         chosen={**asdict(objective.model.kernels), "zero_stage": stage, **versions},
+        streams=names,
+        count_rows=count_rows,
     )
 
 
@@ -293,13 +308,17 @@ def _validation(config: RunConfig, corpus: Corpus, world: World) -> Validation |
     from shoal.data_pipeline.tokenizer import Tokenizer
     from shoal.trainer.segment import Validation
 
-    batches, text_bytes = validation_batches(
-        corpus.validation,
-        max_rows=config.validation.max_rows,
-        micro_batch_rows=config.train.micro_batch_rows,
-        rank=world.rank,
-        num_ranks=world.num_ranks,
-        document_mask=config.data.document_mask,
-        token_bytes=Tokenizer.load(corpus.validation.tokenizer_folder).token_bytes,
-    )
-    return Validation(batches, text_bytes)
+    token_bytes = Tokenizer.load(corpus.validation.tokenizer_folder).token_bytes
+    parts = []
+    for name, rows in corpus.validations.items():
+        batches, text_bytes = validation_batches(
+            rows,
+            max_rows=config.validation.max_rows,
+            micro_batch_rows=config.train.micro_batch_rows,
+            rank=world.rank,
+            num_ranks=world.num_ranks,
+            document_mask=config.data.document_mask,
+            token_bytes=token_bytes,
+        )
+        parts.append(Validation(batches, text_bytes, name))
+    return replace(parts[0], more=tuple(parts[1:]))

@@ -26,11 +26,15 @@ class Booking:
         """Entries there are."""
         return len(read_ledger(self.path))
 
-    def book(self, step: int) -> None:
-        """Append what it took to come to `step`, if that was anything."""
+    def book(self, step: int, passed_over: int = 0) -> None:
+        """Append what it took to come to `step`, if that was anything.
+
+        `passed_over`: batches that were left out by going back, before these.
+        """
         steps = step - self.step
         if steps:
             tokens = steps * self.config.step_tokens
+            rows = self.facts.count_rows(self.step + passed_over, step + passed_over)
             entry = LedgerEntry(
                 kind=self.config.ledger.kind,
                 stage=self.config.name,
@@ -42,6 +46,7 @@ class Booking:
                 tokens=tokens,
                 flops=tokens * self.facts.training_flops_per_token,
                 note=f"steps {self.step} to {step}",
+                streams={name: n * self.config.model.context for name, n in rows.items()},
             )
             append_entry(self.path, entry)
         self.begin(step)

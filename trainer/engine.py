@@ -31,7 +31,9 @@ class StepResult:
     taken: bool = True
     """Whether the weights were updated."""
 
-    def describe(self, *, distils: bool, routes: bool) -> dict[str, Any]:
+    def describe(
+        self, *, distils: bool, routes: bool, streams: Sequence[str] = ()
+    ) -> dict[str, Any]:
         """Return what there is beside the cross-entropy, a token, by the name of its metric."""
         sums, found = self.sums, dict[str, Any]()
         if distils:
@@ -42,6 +44,9 @@ class StepResult:
                 "router_z": sums.router_z / self.tokens,
             }
             found["expert_load"] = [load / self.tokens for load in sums.expert_load]
+        if sums.streams:
+            each = zip(streams, sums.streams, strict=True)
+            found["streams"] = {name: nats / tokens for name, (nats, tokens) in each if tokens}
         return found
 
 
@@ -84,6 +89,7 @@ class Engine:
         self.clip_norm = optim.clip_norm
         self._shapes = {n: tuple(p.shape) for n, p in objective.model.named_parameters()}
         self._norm = torch.zeros(())
+        self._num_streams = objective.num_streams
         optimizer = make_optimizer(objective, optim)
         states = name_states(objective.model, optimizer.param_groups)
         config = _deepspeed_config(objective, optim, train, self.stage, accumulation)
@@ -151,12 +157,14 @@ class Engine:
         for index, batch in enumerate(batches):
             self._engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
             batch = batch.to(self.device)
-            objective, parts = self._engine(batch.inputs, batch.targets, batch.segments)
+            objective, parts = self._engine(
+                batch.inputs, batch.targets, batch.segments, batch.streams
+            )
             self._engine.backward(objective * (self.num_ranks / tokens), scale_wrt_gas=False)
             sums = parts if sums is None else sums + parts
         assert sums is not None
         dist.all_reduce(sums)
-        return LossSums.from_vector(sums)
+        return LossSums.from_vector(sums, self._num_streams)
 
     def _grad_norm(self) -> float:
         """Norm of the gradient before clipping, known once a step has begun."""

@@ -34,6 +34,8 @@ class LedgerEntry(BaseModel):
     tokens: int = 0
     flops: float = 0.0
     note: str = ""
+    streams: dict[str, int] = {}
+    """Tokens of each stream that was read."""
 
     @property
     def device_seconds(self) -> float:

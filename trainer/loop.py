@@ -196,7 +196,9 @@ class _Training:
             tokens_per_second=tokens / seconds,
             seconds=seconds,
             **result.describe(
-                distils=bool(self.config.teacher), routes=bool(self.config.model.moe)
+                distils=bool(self.config.teacher),
+                routes=bool(self.config.model.moe),
+                streams=self.facts.streams,
             ),
         )
         return True
@@ -264,15 +266,15 @@ class _Training:
 
     def _validate(self, validation: Validation) -> float:
         begun = time.perf_counter()
-        nats, tokens = self.engine.evaluate(self._watched(validation.batches))
-        loss = nats / tokens
+        sums = [self.engine.evaluate(self._watched(part.batches)) for part in validation.parts]
+        scores = validation.describe(sums)
+        loss = float(scores["loss"])
         self.loss = loss if math.isfinite(loss) else None
         self.metrics.write(
             "validation",
             self.step,
             tokens=self.step * self.config.step_tokens,
-            loss=loss,
-            bits_per_byte=nats / math.log(2) / validation.text_bytes,
+            **scores,
             seconds=time.perf_counter() - begun,
         )
         return loss
@@ -341,7 +343,7 @@ class _Training:
 
     def _book(self) -> None:
         if self.facts.rank == 0:
-            self.booking.book(self.step)
+            self.booking.book(self.step, self.passed_over)
 
     def _skip(self, loss: float, norm: float, batches: Sequence[Batch]) -> bool:
         """Record a step that was left out on all ranks; after too many in a row go back, once.

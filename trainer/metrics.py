@@ -77,7 +77,7 @@ class Metrics:
             self._file = self.path.open("a", encoding="utf-8")
             self._progress.update(self._task, completed=step)
 
-    def write(self, kind: str, step: int, **values: float | int | str | list) -> None:
+    def write(self, kind: str, step: int, **values: float | int | str | list | dict) -> None:
         """Append one record and show it."""
         if not self.active:
             return

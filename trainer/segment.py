@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -29,6 +30,29 @@ class Validation:
     batches: Sequence[Batch]
     text_bytes: int
     """UTF-8 bytes that the scored targets stand for, over all ranks."""
+    name: str = "validation"
+    more: tuple[Validation, ...] = ()
+    """Other splits, each scored by itself; the loss is that of all their tokens."""
+
+    @property
+    def parts(self) -> tuple[Validation, ...]:
+        """This split and the others."""
+        return (self, *self.more)
+
+    def describe(self, sums: Sequence[tuple[float, int]]) -> dict[str, Any]:
+        """Return the loss of all parts, and of each by name where there are several.
+
+        Args:
+            sums: Nats and tokens of every part.
+        """
+        nats, tokens = (sum(column) for column in zip(*sums, strict=True))
+        text_bytes = sum(part.text_bytes for part in self.parts)
+        found = {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / text_bytes}
+        if self.more:
+            names = [part.name for part in self.parts]
+            losses = [nats / tokens for nats, tokens in sums]
+            return found | {"streams": dict(zip(names, losses, strict=True))}
+        return found
 
 
 @dataclass(frozen=True)
@@ -42,6 +66,10 @@ class RunFacts:
     training_flops_per_token: float
     chosen: dict[str, str | int] = field(default_factory=dict)
     """What `auto` came to: kernels, ZeRO stage; written to the metrics at every start."""
+    streams: tuple[str, ...] = ()
+    """Names of what is read."""
+    count_rows: Callable[[int, int], dict[str, int]] = lambda first, last: {}
+    """Rows of each stream in the batches from one to before another."""
 
 
 def dropout_seed(seed: int, step: int, row: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import numpy as np
@@ -9,8 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shoal.configs.data import DataConfig
 from shoal.configs.errors import ConfigError
-from shoal.data_pipeline.mixture import BLOCK_ROWS, Mixture, permute, share_block
+from shoal.data_pipeline.mixture import (
+    BLOCK_ROWS,
+    Mixture,
+    Pattern,
+    permute,
+    plan_mixture,
+    share_block,
+)
 
 keys = st.tuples(st.integers(0, 2**40), st.sampled_from(["documents", "train"]), st.integers(0, 9))
 
@@ -135,3 +144,113 @@ def test_stretches_are_even():
         running = np.concatenate([[0], np.cumsum(streams == stream)])
         inside = running[64:] - running[:-64]
         assert np.abs(inside - 64 * share).max() <= 2
+
+
+@settings(max_examples=150, deadline=None)
+@given(counts=st.lists(st.integers(0, 300), min_size=1, max_size=9), data=st.data())
+def test_any_stretch_of_a_pattern_is_found_alone(counts, data):
+    counts[0] += 1
+    pattern = Pattern(counts)
+    whole = pattern.locate(np.arange(pattern.length))
+    for stream, count in enumerate(counts):
+        assert np.array_equal(whole.positions[whole.streams == stream], np.arange(count))
+    first = data.draw(st.integers(0, pattern.length))
+    last = data.draw(st.integers(first, pattern.length))
+    part = pattern._lay_out(first, last)
+    assert np.array_equal(part.streams, whole.streams[first:last])
+    assert np.array_equal(part.positions, whole.positions[first:last])
+    seen = np.bincount(whole.streams[:first], minlength=len(counts))
+    assert np.array_equal(pattern.count_rows(first), seen)
+
+
+def test_long_patterns_are_exact_without_a_table():
+    counts = [123_457, 7, 500_001, 0, 1]
+    pattern = Pattern(counts)
+    assert pattern._table is None
+    cuts = [*range(0, pattern.length, 99_991), pattern.length]
+    parts = [pattern.locate(np.arange(a, b)) for a, b in itertools.pairwise(cuts)]
+    streams = np.concatenate([part.streams for part in parts])
+    turns = np.concatenate([part.positions for part in parts])
+    for stream, count in enumerate(counts):
+        assert np.array_equal(turns[streams == stream], np.arange(count))
+    again = pattern.locate(np.asarray([pattern.length + 5, 5]))
+    assert again.streams[0] == again.streams[1]
+    assert again.positions[0] == again.positions[1] + counts[again.streams[0]]
+
+
+def make_data(*streams, **more):
+    named = [{"path": f"data/{name}", "name": name, **stream} for name, stream in
+             zip("abcdef", streams, strict=False)]  # fmt: skip
+    return DataConfig.model_validate({"train": named, **more})
+
+
+def count(mixture, first, last, streams):
+    places = mixture.locate(np.arange(first, last))
+    return np.bincount(places.streams, minlength=streams).tolist()
+
+
+def test_repeat_and_choose_are_exact_over_the_run():
+    data = make_data({"repeat": 2.5}, {"choose": 77}, {"weight": 3}, {"weight": 1})
+    mixture = plan_mixture(data, [100, 1000, 50, 9999], context=16, run_rows=10_000)
+    left = 10_000 - 250 - 77
+    assert count(mixture, 0, 10_000, 4) == [250, 77, round(left * 0.75), round(left * 0.25)]
+    assert count(mixture, 2500, 5000, 4)[0] in (62, 63)  # evenly
+    assert mixture.count_rows(10_000).tolist() == count(mixture, 0, 10_000, 4)
+
+
+@pytest.mark.parametrize("run_rows", [299, 308])
+def test_streams_that_give_another_number_of_rows_are_refused(run_rows):
+    data = make_data({"repeat": 2}, {"choose": 100})
+    for whole in (300, 304):  # the latter rounded up to steps of 8
+        assert count(plan_mixture(data, [100, 500], 16, whole, 8), 0, 300, 2) == [200, 100]
+    with pytest.raises(ConfigError, match=r"give 300 rows .* the run takes") as caught:
+        plan_mixture(data, [100, 500], 16, run_rows, 8)
+    assert f"train.tokens={300 * 16}" in str(caught.value.fix)
+
+
+def test_a_schedule_changes_shares_at_its_tokens_and_loses_no_row():
+    data = make_data({"weight": 3}, {"weight": 1}, {"weight": 0}, schedule=[
+        {"from_tokens": 16 * (3 * BLOCK_ROWS - 5), "weights": {"a": 1, "c": 1}},
+        {"from_tokens": 16 * 5 * BLOCK_ROWS, "weights": {"c": 2, "b": 2}},
+    ])  # fmt: skip
+    mixture = plan_mixture(data, [100, 100, 100], context=16, run_rows=10**6)
+    block = BLOCK_ROWS
+    assert count(mixture, 0, 3 * block, 3) == [3 * 768, 3 * 256, 0]
+    assert count(mixture, 3 * block, 5 * block, 3) == [block, 0, block]
+    assert count(mixture, 5 * block, 9 * block, 3) == [0, 2 * block, 2 * block]
+    places = mixture.locate(np.arange(9 * block))
+    for stream in range(3):
+        of_stream = places.positions[places.streams == stream]
+        assert np.array_equal(of_stream, np.arange(len(of_stream)))
+    for position in (0, 1, 3 * block - 1, 3 * block, 4 * block + 77, 7 * block + 3):
+        expected = np.bincount(places.streams[:position], minlength=3)
+        assert np.array_equal(mixture.count_rows(position), expected)
+    anywhere = np.random.default_rng(0).integers(0, 9 * block, 500)
+    found = mixture.locate(anywhere)
+    assert np.array_equal(found.streams, places.streams[anywhere])
+    assert np.array_equal(found.positions, places.positions[anywhere])
+
+
+def test_changes_within_one_block_are_refused():
+    data = make_data({}, {}, schedule=[
+        {"from_tokens": 20_000, "weights": {"a": 1}}, {"from_tokens": 20_016, "weights": {"b": 1}},
+    ])  # fmt: skip
+    with pytest.raises(ConfigError, match="same row") as caught:
+        plan_mixture(data, [10, 10], context=16, run_rows=9999)
+    assert caught.value.where == "data.schedule.1.from_tokens"
+
+
+@pytest.mark.parametrize(
+    ("streams", "more", "message"),
+    [
+        ([{"weight": 1, "repeat": 2}], {}, "give one of weight and repeat"),
+        ([{"weight": 0}, {}], {}, "weight 0 and is never read"),
+        ([{"repeat": 1}, {}], {"schedule": [{"from_tokens": 0, "weights": {"b": 1}}]}, "leave rep"),
+        ([{}], {"schedule": [{"from_tokens": 9, "weights": {"x": 1}}]}, "names x, and the streams"),
+        ([{}], {"schedule": [{"from_tokens": 9, "weights": {"a": 0}}]}, "all weights are 0"),
+        ([{"name": "x"}, {"name": "x"}], {}, "two streams are called x"),
+    ],
+)
+def test_mixtures_that_cannot_be_are_refused(streams, more, message):
+    with pytest.raises(ValueError, match=message):
+        make_data(*streams, **more)
