@@ -1,0 +1,187 @@
+"""Rows of real shards in clusters: found, the same by any way, provable, refused where wrong."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shoal.configs.errors import ConfigError, DataError
+from shoal.data_pipeline.centroids import Centroids, fit_centroids, share_out
+from shoal.data_pipeline.clustering import make_clusters
+from shoal.data_pipeline.clusters import load_clusters
+from shoal.data_pipeline.row_texts import read_row_texts, sample_rows
+
+sys.path.insert(0, str(Path(__file__).parent))
+from topics import TOPICS, find_topics, make_config, prepare_topics  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory):
+    return prepare_topics(tmp_path_factory.mktemp("topics"))
+
+
+@pytest.fixture(scope="module")
+def clusters(corpora, tmp_path_factory):
+    return make_clusters(make_config(corpora, tmp_path_factory.mktemp("clusters") / "out"))
+
+
+def test_planted_topics_are_found(corpora, clusters):
+    path = str(corpora / "generic" / "train")
+    assigned = clusters.assignments("generic")
+    topics = find_topics(read_row_texts(path, np.arange(len(assigned))))
+    pure = sum(np.bincount(topics[assigned == c]).max() for c in np.unique(assigned))
+    assert pure / len(topics) > 0.9  # a row at the border of two documents has both topics
+    assert len(np.unique(assigned)) == TOPICS
+    counts = np.bincount(assigned, minlength=TOPICS)
+    assert np.array_equal(clusters.histogram("generic"), counts)
+
+
+def test_facts_are_those_of_the_rows(clusters):
+    generic, domain = clusters.manifest.corpora
+    assert generic.total_variation == 0
+    assert 2.7 < generic.entropy_bits <= 3
+    assert domain.entropy_bits < 1.3  # 3 to 1 of two topics: 0.81 bits, and rows at borders
+    assert domain.top_share == clusters.histogram("domain").max() / domain.rows
+    assert 0.6 < domain.total_variation < 0.8  # six of eight topics are absent
+    words = clusters.manifest.words[domain.top_cluster]
+    assert {word[0] for word in words} == {"b"}
+
+
+def test_sampled_rows_are_of_the_domains_topics(corpora, clusters):
+    order = clusters.order("domain", (0, 0), shards_hash=clusters.generic.shards_hash)
+    drawn = order.rows(np.arange(2000))
+    topics = find_topics(read_row_texts(str(corpora / "generic" / "train"), drawn))
+    assert (topics < 2).mean() > 0.95
+    assert 0.65 < (topics == 0).mean() < 0.85
+
+
+@pytest.mark.slow
+def test_same_bytes_for_any_processes(corpora, clusters, tree, tmp_path):
+    config = make_config(corpora, tmp_path / "two", processes=2)
+    assert tree(make_clusters(config).folder) == tree(clusters.folder)
+
+
+def test_another_seed_samples_other_rows(corpora):
+    path = str(corpora / "generic" / "train")
+    few, more, other = (sample_rows(path, n, seed) for n, seed in ((50, 0), (100, 0), (50, 1)))
+    assert len(few) == 50
+    assert set(few) <= set(more)
+    assert set(few) != set(other)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(corpora, clusters, tree, tmp_path):
+    script = Path(__file__).with_name("kill_clusters.py")
+    command = [sys.executable, str(script), str(corpora), str(tmp_path)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    folders = [Path(line) for line in done.stdout.splitlines()]
+    assert len(folders) > 4  # or the kills came to nothing
+    for folder in folders:
+        assert tree(folder) == tree(clusters.folder)
+        assert not list(folder.parent.glob(".partial-*"))
+
+
+def test_done_is_not_done_again(corpora, clusters):
+    said = []
+    config = make_config(corpora, clusters.folder)
+    make_clusters(config, lambda *words: said.append(words))
+    assert said == []
+
+
+def test_other_clusters_are_not_overwritten(corpora, clusters):
+    with pytest.raises(ConfigError, match="clusters changed since"):
+        make_clusters(make_config(corpora, clusters.folder, clusters=5))
+    with pytest.raises(ConfigError, match="holds no clusters"):
+        make_clusters(make_config(corpora, corpora))
+
+
+@pytest.mark.parametrize("name", ["assignments-domain.npy", "centroids.npy", "manifest.json"])
+@pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
+def test_tampering_is_found(clusters, tmp_path, name, harm):
+    folder = tmp_path / "copy"
+    shutil.copytree(clusters.folder, folder)
+    data = bytearray((folder / name).read_bytes())
+    if harm == "flip":
+        data[len(data) // 2] ^= 1
+    (folder / name).write_bytes(data if harm == "flip" else data[:-3])
+    if harm == "remove":
+        (folder / name).unlink()
+    with pytest.raises(DataError, match=r"altered|missing|not a manifest"):
+        load_clusters(folder)
+
+
+def test_a_file_more_is_found(clusters, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(clusters.folder, folder)
+    (folder / "embedder" / "more.npy").write_bytes(b"x")
+    with pytest.raises(DataError, match="not in its manifest"):
+        load_clusters(folder)
+
+
+def test_other_shards_cannot_be_sampled(clusters):
+    with pytest.raises(DataError, match="other shards"):
+        clusters.order("domain", (0, 0), shards_hash=clusters.facts("domain").shards_hash)
+    with pytest.raises(ConfigError, match="one of generic, domain"):
+        clusters.histogram("law")
+
+
+def test_more_clusters_than_rows(corpora, tmp_path):
+    with pytest.raises(ConfigError, match="clusters of"):
+        make_clusters(make_config(corpora, tmp_path / "out", clusters=5000))
+
+
+def test_two_levels(corpora, tmp_path, monkeypatch):
+    monkeypatch.setattr("shoal.data_pipeline.centroids.FLAT_CLUSTERS", 8)
+    made = make_clusters(make_config(corpora, tmp_path / "out", clusters=30))
+    centroids = made.centroids()
+    assert len(centroids) == 30
+    assert len(centroids.coarse) == 5
+    assert centroids.starts[-1] == 30
+    assert made.histogram("generic").sum() == made.generic.rows
+    assigned = made.assignments("generic")
+    topics = find_topics(read_row_texts(str(corpora / "generic" / "train"), np.arange(len(assigned))))
+    pure = sum(np.bincount(topics[assigned == c]).max() for c in np.unique(assigned))
+    assert pure / len(topics) > 0.85
+
+
+def test_equal_vectors_leave_clusters_empty():
+    vectors = np.repeat(np.eye(3, dtype=np.float32), 10, axis=0)
+    config = make_config(Path("a"), Path("b"))
+    found = fit_centroids(vectors, config).assign(vectors)
+    assert len(np.unique(found)) == 3
+
+
+def test_assignment_does_not_depend_on_neighbours():
+    chooser = np.random.default_rng(0)
+    vectors = chooser.normal(size=(1300, 24)).astype(np.float32)
+    config = make_config(Path("a"), Path("b"), clusters=50, method="minibatch")
+    centroids = fit_centroids(vectors, config)
+    whole = centroids.assign(vectors)
+    parts = [centroids.assign(part) for part in np.split(vectors, [1, 7, 900])]
+    assert np.array_equal(np.concatenate(parts), whole)
+    nearest = ((vectors[:, None] - centroids.points) ** 2).sum(axis=2).argmin(axis=1)
+    assert np.array_equal(whole, nearest)
+
+
+def test_centroids_are_read_as_written(tmp_path):
+    points = np.arange(12, dtype=np.float32).reshape(4, 3)
+    written = Centroids(points, points[:2], np.asarray([0, 3, 4]))
+    written.save(tmp_path)
+    read = Centroids.load(tmp_path)
+    assert np.array_equal(read.points, points)
+    assert np.array_equal(read.starts, written.starts)
+    (tmp_path / "coarse.npy").unlink()
+    with pytest.raises(DataError, match="cannot be read"):
+        Centroids.load(tmp_path)
+
+
+@pytest.mark.parametrize(("total", "sizes"), [(5, [1, 1, 90]), (40, [3, 3, 50]), (6, [2, 2, 2])])
+def test_clusters_are_shared_out(total, sizes):
+    shares = share_out(total, np.asarray(sizes))
+    assert shares.sum() == total
+    assert np.all((shares >= 1) & (shares <= sizes))
