@@ -10,6 +10,7 @@ import typer
 
 from shoal.configs.errors import ShoalError
 from shoal.launcher.commands import Shown
+from shoal.launcher.data_cli import Config, Overrides, data_app
 from shoal.launcher.shards_cli import shards_app
 from shoal.launcher.tokenizer_cli import tokenizer_app
 
@@ -24,18 +25,11 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(data_app)
 app.add_typer(shards_app, name="shards", rich_help_panel="Look")
 app.add_typer(tokenizer_app, name="tokenizer", rich_help_panel="Look")
 
-Precision = Literal["fp32", "bf16", "int8", "int4"]
 Trained = Literal["fp32", "bf16"]
-Config = Annotated[
-    str, typer.Argument(metavar="CONFIG", help="YAML file, or the name of a shipped config.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]", help="Set one value, for example optim.lr=6e-4."),
-]
 Hostfile = Annotated[
     str | None, typer.Option("-H", "--hostfile", metavar="FILE", help="Lines `NAME slots=RANKS`.")
 ]
@@ -47,39 +41,6 @@ Exclude = Annotated[
     str, typer.Option("-e", "--exclude", metavar="SELECTION", help="All but these.")
 ]
 Export = Annotated[Path, typer.Argument(help="Folder of an export or a Hugging Face model.")]
-
-
-@app.command(rich_help_panel="Do")
-def prepare(
-    config: Config,
-    overrides: Overrides = None,
-    report: Annotated[
-        bool,
-        typer.Option("--report", help="Write OUTPUT/report.html: read, removed, packed."),
-    ] = False,
-) -> None:
-    """Turn a corpus into a tokenizer and shards.
-
-    What exists is not done again; after a kill the same command goes on.
-
-    [dim]shoal prepare corpus.yaml --report[/dim]
-    [dim]shoal prepare corpus.yaml output=data/mine train.0.path=my/*.jsonl.gz context=512[/dim]
-    """
-    from shoal.configs.corpus import PrepareConfig
-    from shoal.configs.load import load_config
-    from shoal.launcher.corpus import prepare_corpus
-    from shoal.launcher.tables import progress_bars, shards_table, show
-
-    loaded = load_config(PrepareConfig, config, overrides or ())
-    with progress_bars() as progress:
-        prepared = prepare_corpus(loaded, progress)
-    for folder in (prepared.train, prepared.validation):
-        if folder is not None:
-            show(shards_table(folder))
-    if report:
-        from shoal.launcher.corpus_report import write_corpus_report
-
-        print(f"report: {write_corpus_report(prepared.output, loaded.name)}")
 
 
 @app.command(rich_help_panel="Do")
@@ -265,27 +226,6 @@ def generate(
     from shoal.launcher.exports import generate as generate_text
 
     print(generate_text(export, prompt, max_new_tokens, temperature, top_k, seed))
-
-
-@app.command(rich_help_panel="Look")
-def plan(
-    config: Config,
-    overrides: Overrides = None,
-    precision: Annotated[Precision, typer.Option(help="Of weights and cache.")] = "bf16",
-    context: Annotated[int | None, typer.Option(min=1, help="Tokens; default: the row's.")] = None,
-) -> None:
-    """Show shape, memory and FLOPs of the model a config describes; nothing is started.
-
-    [dim]shoal plan pretrain_dense.yaml model.vocab_size=50304[/dim]
-    [dim]shoal plan pretrain_moe.yaml --precision int8 --context 4096[/dim]
-    """
-    from shoal.configs.load import load_config
-    from shoal.configs.schema import RunConfig
-    from shoal.launcher.plan import shape_table
-    from shoal.launcher.tables import show
-
-    loaded = load_config(RunConfig, config, overrides or ())
-    show(shape_table(loaded, context or loaded.model.context, precision))
 
 
 @app.command(rich_help_panel="Look")
