@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from shoal.configs.errors import ConfigError, DataError
-from shoal.launcher import cli
+from shoal.launcher import cli, data_cli
 from shoal.launcher.budgets import parse_budgets, parse_quantity
 from shoal.launcher.screen import guard, newest_checkpoint_note
 
-COMMANDS = [command.callback.__name__ for command in cli.app.registered_commands]  # type: ignore[union-attr]
+REGISTERED = [*cli.app.registered_commands, *data_cli.data_app.registered_commands]
+COMMANDS = [command.callback.__name__ for command in REGISTERED]  # type: ignore[union-attr]
 
 
 def shoal(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
