@@ -29,7 +29,7 @@ from shoal.data_pipeline.normalization import Normalizer
 from shoal.data_pipeline.sources import read_documents
 
 PROSE = (
-    "We measured how cells of the visual cortex answer to gratings of different contrast, and found "
+    "We saw how cells of the visual cortex answer to gratings of different contrast, and found "
     "that inhibition rises before excitation does. When light falls on a receptive field, firing "
     "follows within forty milliseconds; later responses have less to do with what was shown than "
     "with what an animal expects. None of these effects could be explained by movements of eyes.\n"
