@@ -27,6 +27,7 @@ _HALF = 32
 _WEIGHT = 2**32  # of a pair, divided by the members of its group
 _REPEATED = 3
 _RENAMED_SHARE = 0.02
+_RARER = 4
 
 
 def find_twins(digests: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -181,25 +182,34 @@ def _count_shared(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> int
 
     if len(one) > len(other):
         one, other = other, one
-    if len(one) == 0:
-        return 0
-    places = np.searchsorted(other, one)
-    places[places == len(other)] = 0  # greater than all: equal to none, so not to the first
-    return int(np.count_nonzero(other[places] == one))
+    return int(np.count_nonzero(_find(one, other) >= 0))
+
+
+def _find(values: np.ndarray[Any, Any], among: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return where each value stands in a rising array, -1 where it does not.  # (values,) int64"""
+    import numpy as np
+
+    if len(among) == 0:
+        return np.full(len(values), -1)
+    places = np.searchsorted(among, values)
+    places[places == len(among)] = 0  # greater than all: equal to none, so not to the first
+    return np.where(among[places] == values, places, -1)
 
 
 def is_renamed(one: Profile, other: Profile) -> bool:
     """Tell whether two similar documents are one template filled in about two things.
 
     Of the words that stand in a document three times or more, at least 2 % are missing from the
-    other altogether, in *both* documents: each repeats the name of what it is about. Edits here
-    and there do not do that, since every occurrence of a word would have to be hit: of a tenth of
-    the words changed, one repeated word in a thousand at most.
+    other or at most a quarter as often in it, and that in *both* documents: each repeats the name
+    of what it is about. Edits here and there do not do that, since nearly every occurrence of a
+    word would have to be hit: of a tenth of the words changed, four repeated words in a thousand.
     """
     for mine, theirs in ((one, other), (other, one)):
-        repeated = mine.words[mine.counts >= _REPEATED]
-        missing = len(repeated) - _count_shared(repeated, theirs.words)
-        if missing == 0 or missing < _RENAMED_SHARE * len(repeated):
+        often = mine.counts >= _REPEATED
+        places = _find(mine.words[often], theirs.words)
+        there = theirs.counts[places] if len(theirs.counts) else 0
+        rare = int(((places < 0) | (there * _RARER <= mine.counts[often])).sum())
+        if rare == 0 or rare < _RENAMED_SHARE * len(places):
             return False
     return True
 
