@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     import numpy as np
 
 GROUP_PAIRS = 16
-"""Earlier members of a group that a member is paired with: half of them the group's first, half
-those just before it. A hundred thousand pages of one template give 1.6 million pairs, not 5e9."""
+"""Earlier members that each of a group is paired with; larger groups are thinned out."""
+
+LARGE_GROUP_PAIRS = 4
+"""The same in larger groups: half of them the group's first, half those just before a member. A
+hundred thousand pages of one template then give 400,000 pairs a band, not 5e9."""
 
 DOCUMENT_PAIRS = 16
 """Pairs that a document keeps over all bands, those of the greatest weight."""
@@ -27,6 +30,7 @@ _HALF = 32
 _WEIGHT = 2**32  # of a pair, divided by the members of its group
 _REPEATED = 3
 _RENAMED_SHARE = 0.02
+_RARER = 4
 
 
 def find_twins(digests: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -61,7 +65,7 @@ def _spread_starts(same: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def pair_band(keys: np.ndarray[Any, Any], documents: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return the pairs of documents that share a key, at most GROUP_PAIRS a later document.
+    """Return the pairs of documents that share a key, at most GROUP_PAIRS a later one.
 
     Args:
         keys: # (n,) uint64
@@ -83,15 +87,17 @@ def pair_band(keys: np.ndarray[Any, Any], documents: np.ndarray[Any, Any]) -> np
     numbers, starts = documents[order], _spread_starts(same)
     places = np.arange(len(numbers))
     ranks = places - starts
-    weights = np.uint64(_WEIGHT) // np.bincount(starts, minlength=1)[starts].astype(np.uint64)
+    sizes = np.bincount(starts, minlength=1)[starts]
+    weights = np.uint64(_WEIGHT) // sizes.astype(np.uint64)
+    halves = np.where(sizes <= GROUP_PAIRS + 1, GROUP_PAIRS, LARGE_GROUP_PAIRS) // 2
     found = [np.empty((2, 0), np.uint64)]
     for step in range(GROUP_PAIRS // 2):
-        first = ranks > step
-        pairs = _join(numbers[first], numbers[starts[first] + step])
-        found.append(np.stack([pairs, weights[first]]))
-        near = ranks > step + GROUP_PAIRS // 2  # closer ones are among the group's first
-        pairs = _join(numbers[near], numbers[places[near] - step - 1])
-        found.append(np.stack([pairs, weights[near]]))
+        for others, here in (
+            (starts + step, (ranks > step) & (step < halves)),
+            # those just before it, unless they are among the group's first
+            (places - step - 1, (ranks > step + halves) & (step < halves)),
+        ):
+            found.append(np.stack([_join(numbers[here], numbers[others[here]]), weights[here]]))
     both = np.hstack(found)
     return both[:, np.argsort(both[0], kind="stable")]
 
@@ -181,25 +187,34 @@ def _count_shared(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> int
 
     if len(one) > len(other):
         one, other = other, one
-    if len(one) == 0:
-        return 0
-    places = np.searchsorted(other, one)
-    places[places == len(other)] = 0  # greater than all: equal to none, so not to the first
-    return int(np.count_nonzero(other[places] == one))
+    return int(np.count_nonzero(_find(one, other) >= 0))
+
+
+def _find(values: np.ndarray[Any, Any], among: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return where each value stands in a rising array, -1 where it does not.  # (values,) int64"""
+    import numpy as np
+
+    if len(among) == 0:
+        return np.full(len(values), -1)
+    places = np.searchsorted(among, values)
+    places[places == len(among)] = 0  # greater than all: equal to none, so not to the first
+    return np.where(among[places] == values, places, -1)
 
 
 def is_renamed(one: Profile, other: Profile) -> bool:
     """Tell whether two similar documents are one template filled in about two things.
 
     Of the words that stand in a document three times or more, at least 2 % are missing from the
-    other altogether, in *both* documents: each repeats the name of what it is about. Edits here
-    and there do not do that, since every occurrence of a word would have to be hit: of a tenth of
-    the words changed, one repeated word in a thousand at most.
+    other or at most a quarter as often in it, and that in *both* documents: each repeats the name
+    of what it is about. Edits here and there do not do that, since nearly every occurrence of a
+    word would have to be hit: of a tenth of the words changed, four repeated words in a thousand.
     """
     for mine, theirs in ((one, other), (other, one)):
-        repeated = mine.words[mine.counts >= _REPEATED]
-        missing = len(repeated) - _count_shared(repeated, theirs.words)
-        if missing == 0 or missing < _RENAMED_SHARE * len(repeated):
+        often = mine.counts >= _REPEATED
+        places = _find(mine.words[often], theirs.words)
+        there = theirs.counts[places] if len(theirs.counts) else 0
+        rare = int(((places < 0) | (there * _RARER <= mine.counts[often])).sum())
+        if rare == 0 or rare < _RENAMED_SHARE * len(places):
             return False
     return True
 
