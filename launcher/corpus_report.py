@@ -62,16 +62,24 @@ class SplitView:
     """Examples of records that were broken."""
 
     @property
-    def steps(self) -> list[tuple[str, str, int]]:
-        """(step, rule, documents) of every reason, steps in the order they run."""
+    def steps(self) -> list[tuple[str, str, int, list[dict[str, Any]]]]:
+        """(step, rule, documents, examples) of every reason, steps in the order they run."""
         cleaning = self.manifest.cleaning
         order = list(STEPS)
         rows = []
         for reason, count in (cleaning.removed if cleaning else {}).items():
             step, _, rule = reason.partition(": ")
             place = order.index(step) if step in STEPS else len(order)
-            rows.append((place, -count, STEPS.get(step, step), rule, count))
-        return [(step, rule, count) for _, _, step, rule, count in sorted(rows)]
+            rows.append((place, -count, rule, STEPS.get(step, step), reason))
+        return [
+            (step, rule, -count, self.removed.examples.get(reason, []))
+            for _, count, rule, step, reason in sorted(rows)
+        ]
+
+    @property
+    def examples(self) -> list[tuple[str, str, int, list[dict[str, Any]]]]:
+        """Those steps that have examples."""
+        return [row for row in self.steps if row[-1]]
 
     @property
     def domains(self) -> list[tuple[str, int]]:
@@ -169,6 +177,7 @@ def render_corpus(output: Path, name: str) -> str:
         count=lambda number: f"{number:,}",
         bytes=format_bytes,
         share=_format_share,
+        short=_format_count,
         clip=_clip,
         yaml=_dump_yaml,
     )
@@ -237,6 +246,14 @@ def _format_share(part: float, whole: float) -> str:
         return "0%"
     share = 100 * part / whole
     return "< 0.1%" if share < 0.1 else f"{share:.1f}%"
+
+
+def _format_count(number: int) -> str:
+    """Return a count that fits over a column."""
+    for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= 10 * factor:
+            return f"{number / factor:.0f}{unit}"
+    return f"{number:,}"
 
 
 def _clip(text: str) -> str:

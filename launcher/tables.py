@@ -323,7 +323,7 @@ def _packing_facts(manifest: Manifest) -> dict[str, object]:
         if cut is None
         else f"{cut:,} ({cut / max(manifest.documents, 1):.1%})",
     }
-    for least, count in manifest.lengths.items():
+    for least, count in sorted(manifest.lengths.items(), key=lambda pair: int(pair[0])):
         most = max(0, 2 * int(least) - 1)
         facts[f"documents of {least} to {most} tokens"] = count
     if manifest.derived_from:

@@ -114,6 +114,7 @@ def _publish(tokenizer: Tokenizer, out: Path) -> None:
     """Write the folder aside, prove that it loads as the same, and give it its name."""
     import shutil
 
+    from shoal.configs.errors import DataError
     from shoal.data_pipeline.tokenizer import Tokenizer
     from shoal.trainer.storage import sync
 
@@ -122,7 +123,8 @@ def _publish(tokenizer: Tokenizer, out: Path) -> None:
         shutil.rmtree(aside)
     tokenizer.save(aside)
     fingerprint = Tokenizer.load(aside).fingerprint
-    assert fingerprint == tokenizer.fingerprint
+    if fingerprint != tokenizer.fingerprint:
+        raise DataError("reads back as another tokenizer than was written", where=aside)
     for path in (*aside.iterdir(), aside):
         sync(path)
     aside.rename(out)

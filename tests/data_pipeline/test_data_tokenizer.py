@@ -15,7 +15,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
+from shoal.configs.corpus import SourceConfig
 from shoal.configs.errors import DataError
+from shoal.data_pipeline.documents import DroppedLog
+from shoal.data_pipeline.sources import read_documents
 from shoal.data_pipeline.tokenizer import END_OF_TEXT, Tokenizer
 
 ODD = [
@@ -173,6 +176,17 @@ def test_tiktoken_and_tokenizers_agree(text, trained):
     assert trained.decode(fast) == text
     assert trained.token_bytes[fast].sum() == len(text.encode())
     assert trained.eot_id not in fast
+
+
+@pytest.mark.parametrize("name", ["domain_validation", "general_validation"])
+def test_tiktoken_and_tokenizers_agree_on_every_sample_document(name):
+    """A vocabulary of its own for each, large enough that merges compete."""
+    source = SourceConfig(path=f"{{samples}}/{name}.jsonl.gz", max_bytes=400_000)
+    documents = [document.text for document in read_documents(source, DroppedLog())]
+    tokenizer = Tokenizer.train(documents, 4096)
+    assert tokenizer.is_fast
+    ids = zip(tokenizer.encode_batch(documents), tokenizer._encode_slow(documents), strict=True)
+    assert all(np.array_equal(fast, slow) for fast, slow in ids)
 
 
 @pytest.mark.parametrize("text", [" " * 1_000_000, "a" * 1_000_000, "\n" * 300_000 + "x"])

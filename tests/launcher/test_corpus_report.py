@@ -160,7 +160,9 @@ def test_examples_are_few_and_the_least_similar_pairs_are_shown(write: Write) ->
     assert "near-00 twin-00 0.800" in text
     assert "near-11 twin-11 0.910" in text
     assert "near-12" not in text
-    assert "near_duplicate " not in text  # they have a table of their own
+    assert "Gopher quality: too few words 7 removed, the first 5" in text
+    assert "exact duplicates 2 removed document" in text
+    assert "near duplicates 20 removed" not in text  # they have a table of their own
 
 
 def test_both_splits(write: Write) -> None:
