@@ -125,7 +125,7 @@ class Loader:
         """Read what `microbatches` returns, now and in this thread."""
         part = self.row_ids(step)[self.rank * self.rank_rows : (self.rank + 1) * self.rank_rows]
         if len(self.streams) == 1 and len(part) == self.rank_rows:
-            rows, streams = self.streams[0].take(part), None
+            rows, streams = self.streams[0].gather(part), None
         else:
             real = len(part)
             part = np.append(part, np.full(self.rank_rows - real, PADDING_ROW))
@@ -150,9 +150,10 @@ class Loader:
         places = [np.flatnonzero(streams == stream) for stream in used]
         wanted = [numbers[here] - self._offsets[s] for s, here in zip(used, places, strict=True)]
         rows = [self.streams[stream] for stream in used]
-        bring_together(rows, wanted)
+        if len(rows) > 1:
+            bring_together(rows, wanted)
         for of_stream, here, within in zip(rows, places, wanted, strict=True):
-            put_rows(batch, here, of_stream.take(within))
+            put_rows(batch, here, of_stream.gather(within))
         return batch, streams
 
 

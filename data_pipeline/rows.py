@@ -118,12 +118,9 @@ class Rows:
             IndexError: there is no such row.
         """
         numbers = np.asarray(row_numbers, dtype=np.int64)
-        if numbers.size and (numbers.min() < 0 or numbers.max() >= len(self)):
+        # Negative ones are very large ones to an unsigned type.
+        if numbers.size and numbers.view(np.uint64).max() >= len(self):
             raise IndexError(f"rows are numbered from 0 to {len(self) - 1}")
-        return self.take(numbers)
-
-    def take(self, numbers: np.ndarray) -> RowBatch:
-        """Return rows as `gather` does, by numbers that are known to be right.  # (n,) int64"""
         return decode_rows(self._gather_raw(numbers), self.manifest.context, self._dtype)
 
     def bring(self, row_numbers: np.ndarray, beside: int = 0) -> int:
