@@ -12,13 +12,15 @@ from shoal.launcher.cli import main
 from shoal.launcher.forecasts import format_seconds
 
 
+TEXT = "the cell fires when light falls on it and its rate depends on contrast"
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     chooser = random.Random(0)
-    words = "the cell fires when light falls on it and its rate depends on contrast".split()
     with (tmp_path / "text.jsonl").open("w") as lines:
         for number in range(300):
-            text = " ".join(chooser.choices(words, k=40))
+            text = " ".join(chooser.choices(TEXT.split(), k=40))
             lines.write(json.dumps({"id": str(number), "text": text}) + "\n")
     file = tmp_path / "corpus.yaml"
     file.write_text(
