@@ -11,7 +11,6 @@ import pytest
 from shoal.launcher.cli import main
 from shoal.launcher.forecasts import format_seconds
 
-
 TEXT = "the cell fires when light falls on it and its rate depends on contrast"
 
 
