@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, repeat
+from string import punctuation
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -161,7 +162,8 @@ class Lexicon(dict[str, int]):
         import numpy as np
 
         self._lengths.extend(np.fromiter(map(len, words), np.int64, len(words)))
-        lettered = np.fromiter(map(str.isalpha, words), bool, len(words))
+        bare = map(str.strip, words, repeat(punctuation))  # decides most of them at once
+        lettered = np.fromiter(map(str.isalpha, bare), bool, len(words))
         spoken = lettered.copy()
         for number in np.flatnonzero(~lettered).tolist():
             word = words[number]
