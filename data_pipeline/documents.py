@@ -52,8 +52,9 @@ class Removal:
     source: str
     domain: str
     reason: str
-    """Words such as `exact_duplicate`."""
+    """The filter and its rule, `gopher_quality: too few words`, or `decontamination`,
+    `exact_duplicate`, `near_duplicate`."""
     match: str
-    """What decided: the text that matched, or the id of the document that stays."""
+    """What exactly: the value and the threshold, the words and the evaluation set, the twin."""
     similarity: float | None = None
-    """True Jaccard similarity to it, of a near duplicate."""
+    """True Jaccard similarity to the twin, of near duplicates."""
