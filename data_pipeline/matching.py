@@ -154,11 +154,18 @@ def _trim(
     import numpy as np
 
     later, earlier = split_pairs(pairs)
-    order = np.lexsort((earlier, -weights.astype(np.int64), later))
-    same = np.zeros(len(order), bool)
-    same[1:] = later[1:] == later[:-1]  # lexsort by later leaves later itself as it is
-    ranks = np.arange(len(order)) - _spread_starts(same)
-    kept = np.sort(order[ranks < DOCUMENT_PAIRS])
+    same = np.zeros(len(pairs), bool)
+    same[1:] = later[1:] == later[:-1]
+    starts = _spread_starts(same)
+    many = np.bincount(starts, minlength=1)[starts] > DOCUMENT_PAIRS
+    of_many = np.flatnonzero(many)
+    if len(of_many) == 0:
+        return pairs, weights
+    order = np.lexsort((earlier[of_many], -weights[of_many].astype(np.int64), later[of_many]))
+    # sorted by the later document first, so that groups stand where they stood
+    ranks = np.arange(len(order)) - _spread_starts(same[of_many])
+    kept = np.concatenate([np.flatnonzero(~many), of_many[order[ranks < DOCUMENT_PAIRS]]])
+    kept.sort()
     return pairs[kept], weights[kept]
 
 

@@ -337,6 +337,16 @@ def test_small_groups_give_all_pairs() -> None:
     assert band[1][3] > band[1][0]  # the smaller group weighs more
 
 
+def test_a_document_keeps_the_pairs_that_few_share() -> None:
+    """Document 99 shares keys with all others, one of them (50) alone in a band."""
+    crowd = np.array([[(99 << 32) | other for other in range(40)], [5] * 40], np.uint64)
+    alone = np.array([[(7 << 32) | 2, (99 << 32) | 50], [800, 900]], np.uint64)
+    later, earlier = matching.split_pairs(matching.merge_pairs([crowd, alone, crowd]))
+    limit = matching.DOCUMENT_PAIRS
+    assert later.tolist() == [7] + [99] * limit
+    assert earlier.tolist() == [2, *range(limit - 1), 50]
+
+
 def test_memory_is_some_bytes_a_document() -> None:
     """Without copies: the digests and a band of 200,000 documents, whatever their length."""
     count = 200_000
