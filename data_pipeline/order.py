@@ -144,6 +144,9 @@ class RowOrder:
         edges = _first_rows(self)
         sizes = edges[partitions + 1] - edges[partitions]
         rows = np.empty_like(places)
+        if len(epochs) and epochs.min() == epochs.max():  # as mostly; sorting would cost as much
+            rows = self._shuffle(places, sizes, partitions, int(epochs[0]))
+            return rows + edges[partitions], partitions
         for epoch in np.unique(epochs):
             here = np.flatnonzero(epochs == epoch)
             rows[here] = self._shuffle(places[here], sizes[here], partitions[here], int(epoch))
