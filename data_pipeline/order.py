@@ -15,6 +15,10 @@ import numpy as np
 PARTITIONS = 64
 """Canonical partitions of every stream: contiguous rows, whatever the number of ranks or hosts."""
 
+SMALL_ROWS = 16 * PARTITIONS
+"""Streams of fewer rows are shuffled as a whole: in partitions of one row each, all epochs would be
+alike, and there are no shards to tell apart."""
+
 ORDER_VERSION = 2
 """Changes when the same seed and position come to mean another row."""
 
@@ -101,7 +105,7 @@ def _walk(
 class RowOrder:
     """The endless order of one stream: epoch after epoch, each row once in every one.
 
-    A stream's rows are 64 contiguous partitions. Position w of an epoch belongs to the partition
+    A stream's rows (but of one below SMALL_ROWS) are 64 contiguous partitions. Position w of an epoch belongs to the partition
     whose number is w mod 64 with its bits reversed, and is the (w div 64)th that is read of it. A
     partition therefore holds as many rows as there are such w below the stream's size, which makes
     epochs exact for streams of any size; and any 2^m positions in a row fall one each into the 2^m
@@ -142,6 +146,10 @@ class RowOrder:
         partitions = _REVERSED[within % PARTITIONS]
         places = within // PARTITIONS
         edges = _first_rows(self)
+        if self.size < SMALL_ROWS:
+            sizes = np.full_like(within, self.size)
+            rows = _permute_each(within, sizes, self.size, (*self.key, "small"), epochs)
+            return rows, np.searchsorted(edges, rows, side="right") - 1
         sizes = edges[partitions + 1] - edges[partitions]
         rows = np.empty_like(places)
         if not len(epochs):
