@@ -105,13 +105,13 @@ def _walk(
 class RowOrder:
     """The endless order of one stream: epoch after epoch, each row once in every one.
 
-    A stream's rows (but of one below SMALL_ROWS) are 64 contiguous partitions. Position w of an epoch belongs to the partition
-    whose number is w mod 64 with its bits reversed, and is the (w div 64)th that is read of it. A
-    partition therefore holds as many rows as there are such w below the stream's size, which makes
-    epochs exact for streams of any size; and any 2^m positions in a row fall one each into the 2^m
-    equal stretches of partitions, so that a rank that takes the same stretch of every batch, sorted
-    by partition, reads the same shards all along. Within a partition rows are permuted, anew
-    in each epoch.
+    A stream's rows are 64 contiguous partitions (one below SMALL_ROWS is shuffled as a whole).
+    Position w of an epoch belongs to the partition whose number is w mod 64 with its bits reversed,
+    and is the (w div 64)th that is read of it. A partition therefore holds as many rows as there
+    are such w below the stream's size, which makes epochs exact for streams of any size; and any
+    2^m positions in a row fall one each into the 2^m equal stretches of partitions, so that a rank
+    that takes the same stretch of every batch, sorted by partition, reads the same shards all
+    along. Within a partition rows are permuted, anew in each epoch.
 
     With `block_rows` a partition is read block by block, the blocks in an order of their own and
     shuffled within themselves: of each partition one block at a time is in use. The last block also
