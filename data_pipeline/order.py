@@ -15,6 +15,10 @@ import numpy as np
 PARTITIONS = 64
 """Canonical partitions of every stream: contiguous rows, whatever the number of ranks or hosts."""
 
+SMALL_ROWS = 16 * PARTITIONS
+"""Streams of fewer rows are shuffled as a whole: in partitions of one row each, all epochs would be
+alike, and there are no shards to tell apart."""
+
 ORDER_VERSION = 2
 """Changes when the same seed and position come to mean another row."""
 
@@ -101,13 +105,13 @@ def _walk(
 class RowOrder:
     """The endless order of one stream: epoch after epoch, each row once in every one.
 
-    A stream's rows are 64 contiguous partitions. Position w of an epoch belongs to the partition
-    whose number is w mod 64 with its bits reversed, and is the (w div 64)th that is read of it. A
-    partition therefore holds as many rows as there are such w below the stream's size, which makes
-    epochs exact for streams of any size; and any 2^m positions in a row fall one each into the 2^m
-    equal stretches of partitions, so that a rank that takes the same stretch of every batch, sorted
-    by partition, reads the same shards all along. Within a partition rows are permuted, anew
-    in each epoch.
+    A stream's rows are 64 contiguous partitions (one below SMALL_ROWS is shuffled as a whole).
+    Position w of an epoch belongs to the partition whose number is w mod 64 with its bits reversed,
+    and is the (w div 64)th that is read of it. A partition therefore holds as many rows as there
+    are such w below the stream's size, which makes epochs exact for streams of any size; and any
+    2^m positions in a row fall one each into the 2^m equal stretches of partitions, so that a rank
+    that takes the same stretch of every batch, sorted by partition, reads the same shards all
+    along. Within a partition rows are permuted, anew in each epoch.
 
     With `block_rows` a partition is read block by block, the blocks in an order of their own and
     shuffled within themselves: of each partition one block at a time is in use. The last block also
@@ -142,9 +146,19 @@ class RowOrder:
         partitions = _REVERSED[within % PARTITIONS]
         places = within // PARTITIONS
         edges = _first_rows(self)
+        if self.size < SMALL_ROWS:
+            sizes = np.full_like(within, self.size)
+            rows = _permute_each(within, sizes, self.size, (*self.key, "small"), epochs)
+            return rows, np.searchsorted(edges, rows, side="right") - 1
         sizes = edges[partitions + 1] - edges[partitions]
         rows = np.empty_like(places)
-        for epoch in np.unique(epochs):
+        if not len(epochs):
+            return rows, partitions
+        first, last = int(epochs.min()), int(epochs.max())
+        if first == last:
+            return self._shuffle(places, sizes, partitions, first) + edges[partitions], partitions
+        # As a rule positions are close together, and sorting them would take longer than the rest.
+        for epoch in range(first, last + 1) if last - first < 16 else np.unique(epochs):
             here = np.flatnonzero(epochs == epoch)
             rows[here] = self._shuffle(places[here], sizes[here], partitions[here], int(epoch))
         return rows + edges[partitions], partitions

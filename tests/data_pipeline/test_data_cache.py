@@ -257,14 +257,14 @@ def test_a_failure_that_passes_is_tried_again(store, cache):
 
 
 def test_a_download_that_stalls_is_an_error_in_time(store, cache):
-    quick = ShardCache(cache.root, seconds=0.6)
+    quick = ShardCache(cache.root, seconds=2.0)  # a busy machine takes its time to answer
     rows = Rows.open(URL, quick)
     name = rows.manifest.shards[1].file
     store.hanging.add(name)
     begun = time.monotonic()
-    with pytest.raises(DataError, match=r"stalled: not a byte for 0\.6 seconds") as caught:
+    with pytest.raises(DataError, match=r"stalled: not a byte for 2 seconds") as caught:
         read_all(rows)
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 15
     assert caught.value.where == f"{URL}/{name}"
     assert "data.download_seconds" in str(caught.value.fix)
     store.hanging.clear()

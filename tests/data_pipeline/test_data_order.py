@@ -14,7 +14,7 @@ from shoal.data_pipeline.order import PARTITIONS, RowOrder
 
 @settings(max_examples=150, deadline=None)
 @given(
-    size=st.integers(1, 2000),
+    size=st.integers(1, 4000),
     seed=st.integers(0, 2**31),
     block_rows=st.one_of(st.none(), st.integers(1, 40)),
     epoch=st.integers(0, 10**6),
@@ -80,10 +80,10 @@ def test_blocks_are_read_one_after_another_in_another_order():
 
 def test_the_order_stays_what_it_was():
     """Written down: another order would change every resumed run; then raise ORDER_VERSION."""
-    rows, _ = RowOrder(1000, (7, 0)).locate(np.arange(1500, 1508))
-    assert rows.tolist() == [184, 679, 423, 936, 110, 614, 361, 870]
-    rows, _ = RowOrder(1000, (7, 0), 4).locate(np.arange(1500, 1508))
-    assert rows.tolist() == [178, 677, 429, 926, 111, 615, 366, 861]
+    rows, _ = RowOrder(5000, (7, 0)).locate(np.arange(7500, 7508))
+    assert rows.tolist() == [692, 3139, 1888, 4402, 323, 2869, 1600, 4121]
+    rows, _ = RowOrder(5000, (7, 0), 4).locate(np.arange(7500, 7508))
+    assert rows.tolist() == [680, 3128, 1919, 4405, 344, 2866, 1612, 4104]
 
 
 def test_it_costs_the_same_at_any_position():
@@ -92,3 +92,11 @@ def test_it_costs_the_same_at_any_position():
     begun = time.perf_counter()
     order.locate(np.arange(4096) + 9 * 10**17)
     assert time.perf_counter() - begun < 0.5  # takes a few milliseconds
+
+
+@pytest.mark.parametrize("size", [7, 64, 200])
+def test_small_streams_are_shuffled_anew_in_every_epoch_too(size):
+    epochs = RowOrder(size, (0, 0)).locate(np.arange(40 * size))[0].reshape(40, size)
+    assert len({tuple(epoch) for epoch in epochs}) >= 39
+    firsts = np.bincount(epochs[:, 0] * 4 // size, minlength=4)
+    assert firsts.min() >= 2  # 10 expected
