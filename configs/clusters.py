@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from shoal.configs.corpus import ExecutorConfig
-from shoal.configs.schema import Count, Section
+from shoal.configs.section import Count, Section
 
 
 class ClusterCorpus(Section):

@@ -159,14 +159,22 @@ class Clusters:
             ConfigError: no such domain, or nothing to draw from.
             DataError: the shards are not the clustered ones.
         """
+        self.check_shards(shards_hash)
+        target = make_target(self.histogram(self.generic.name), self.histogram(domain), temper)
+        return SampledOrder(self.assignments(self.generic.name), target, key)
+
+    def check_shards(self, shards_hash: str) -> None:
+        """Check that a stream reads the rows that were clustered.
+
+        Raises:
+            DataError: they are others.
+        """
         if shards_hash != self.generic.shards_hash:
             raise DataError(
                 "the clusters are of other shards than the stream reads",
                 where=self.folder,
                 fix=f"sample from the shards of {self.generic.name!r}, or make the clusters again",
             )
-        target = make_target(self.histogram(self.generic.name), self.histogram(domain), temper)
-        return SampledOrder(self.assignments(self.generic.name), target, key)
 
     def describe(self, domain: str, draws: int, temper: float = 1.0) -> SampleFacts:
         """Return what so many rows drawn for a domain would be like."""

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from shoal.configs.errors import ConfigError
-from shoal.data_pipeline.mixture import scramble
+from shoal.data_pipeline.order import PARTITIONS, scramble
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _KEYS = 4
-_STRETCHES = 64
 
 
 def make_target(generic: np.ndarray, domain: np.ndarray, temper: float = 1.0) -> np.ndarray:
@@ -95,10 +94,10 @@ class SampledOrder:
             positions: (n,) int64, at least 0.
 
         Returns:
-            Row numbers, (n,) int64; numbers of stretches, (n,) int64, below 64.
+            Row numbers, (n,) int64; numbers of stretches, (n,) int64, below PARTITIONS.
         """
         rows = self.rows(positions)
-        return rows, rows * _STRETCHES // self.size
+        return rows, rows * PARTITIONS // self.size
 
 
 def _make_keys(*key: int | str) -> tuple[np.uint64, ...]:

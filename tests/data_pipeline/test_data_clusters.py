@@ -185,3 +185,32 @@ def test_clusters_are_shared_out(total, sizes):
     shares = share_out(total, np.asarray(sizes))
     assert shares.sum() == total
     assert np.all((shares >= 1) & (shares <= sizes))
+
+
+def test_a_loader_reads_the_resampled_stream(corpora, clusters):
+    from shoal.data_pipeline.loader import Loader
+    from shoal.data_pipeline.rows import Rows
+
+    streams = [(Rows.open(corpora / name / "train"), 1.0) for name in ("generic", "domain")]
+    order = clusters.order("domain", (0, 0), shards_hash=streams[0][0].manifest.shards_hash)
+    steps = [0, 1, 2, 30]
+
+    def read(ranks):
+        """Row numbers of some steps, all ranks together."""
+        options = {"seed": 0, "batch_rows": 32, "micro_batch_rows": 8, "num_ranks": ranks}
+        loaders = [Loader(streams, rank=r, orders={0: order}, **options) for r in range(ranks)]
+        return [
+            np.concatenate([b.row_ids.numpy() for one in loaders for b in one.microbatches(step)])
+            for step in steps
+        ]
+
+    read_by_one, read_by_four = read(1), read(4)
+    for left, right in zip(read_by_one, read_by_four, strict=True):
+        assert np.array_equal(left, right)
+    generic = np.concatenate(read_by_one)
+    generic = generic[generic < len(streams[0][0])]
+    assert 40 < len(generic) < 90
+    expected = set(order.rows(np.arange(31 * 32)).tolist())
+    assert set(generic.tolist()) <= expected
+    histogram = clusters.histogram("domain")
+    assert np.all(histogram[clusters.assignments("generic")[generic]] > 0)
