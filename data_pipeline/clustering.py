@@ -6,7 +6,7 @@ Everything is done in a folder aside, of which each finished piece is kept over 
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -85,16 +85,18 @@ def make_clusters(
     if model is None and config.embedding.path is not None:
         model = _open_model(config)
     key = find_key(config, model)
+    built = False
     if not _is_done(config, output, key):
         output.parent.mkdir(parents=True, exist_ok=True)
         with hold_lock(output, report), name_output(output):
-            if not _is_done(config, output, key):
+            built = not _is_done(config, output, key)
+            if built:
                 work = output.absolute().parent / f".partial-{output.name}-{key[:16]}"
                 remove_stale(output, work)
                 work.mkdir(exist_ok=True)
                 _Making(config, key, model, work, report).run()
                 _publish(work, output)
-    return load_clusters(output)
+    return replace(load_clusters(output), built=built)
 
 
 def _open_model(config: ClusterConfig) -> Model:

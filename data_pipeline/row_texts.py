@@ -41,13 +41,14 @@ def read_row_texts(path: str, numbers: np.ndarray) -> list[str]:
     for tokens, length in zip(batch.tokens, lengths, strict=True):
         ids = tokens[:length]
         cuts = np.flatnonzero(ids == rows.manifest.eot_id)
-        parts = (tokenizer.decode(part[part != rows.manifest.eot_id]) for part in np.split(ids, cuts))
+        eot = rows.manifest.eot_id
+        parts = (tokenizer.decode(part[part != eot]) for part in np.split(ids, cuts))
         texts.append("\n".join(part for part in parts if part))
     return texts
 
 
 def sample_rows(path: str, count: int, seed: int) -> np.ndarray:
-    """Return the numbers of a fixed sample of rows, ascending; more hold all of fewer.  # (n,) int64
+    """Return a fixed sample of rows, ascending; a larger one holds all of it.  # (n,) int64
 
     Raises:
         ConfigError: there are no rows.

@@ -60,7 +60,9 @@ class SampledOrder:
         key: Seed and stream.
     """
 
-    def __init__(self, clusters: np.ndarray, target: np.ndarray, key: tuple[int | str, ...]) -> None:
+    def __init__(
+        self, clusters: np.ndarray, target: np.ndarray, key: tuple[int | str, ...]
+    ) -> None:
         counts = np.bincount(clusters, minlength=len(target))
         if len(counts) > len(target) or np.any((target > 0) & (counts == 0)):
             raise ConfigError("the target names clusters that have no row", where="sample")
@@ -122,7 +124,7 @@ class SampleFacts:
     draws: int
     """Rows drawn, to which the following facts belong."""
     effective_rows: float
-    """Generic rows that would, weighted alike, estimate as well: (sum w)^2 / sum w^2 (Kish 1965)."""
+    """Generic rows that would, weighted alike, estimate as well: (sum w)^2 / sum w^2 (Kish)."""
     distinct_rows: float
     """Different rows among the draws."""
     most_repeats: float

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from shoal.configs.errors import ShoalError
+from shoal.launcher.clusters_cli import cluster
 from shoal.launcher.commands import Shown
 from shoal.launcher.shards_cli import shards_app
 
@@ -67,6 +68,9 @@ def prepare(config: Config, overrides: Overrides = None) -> None:
     for folder in (prepared.train, prepared.validation):
         if folder is not None:
             show(shards_table(folder))
+
+
+app.command(rich_help_panel="Do")(cluster)
 
 
 @app.command(rich_help_panel="Do")

@@ -17,7 +17,7 @@ from shoal.data_pipeline.clusters import load_clusters
 from shoal.data_pipeline.row_texts import read_row_texts, sample_rows
 
 sys.path.insert(0, str(Path(__file__).parent))
-from topics import TOPICS, find_topics, make_config, prepare_topics  # noqa: E402
+from topics import TOPICS, find_topics, make_config, prepare_topics
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,8 @@ def test_two_levels(corpora, tmp_path, monkeypatch):
     assert centroids.starts[-1] == 30
     assert made.histogram("generic").sum() == made.generic.rows
     assigned = made.assignments("generic")
-    topics = find_topics(read_row_texts(str(corpora / "generic" / "train"), np.arange(len(assigned))))
+    path = str(corpora / "generic" / "train")
+    topics = find_topics(read_row_texts(path, np.arange(len(assigned))))
     pure = sum(np.bincount(topics[assigned == c]).max() for c in np.unique(assigned))
     assert pure / len(topics) > 0.85
 
