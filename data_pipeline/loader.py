@@ -127,11 +127,14 @@ class Loader:
 
     def read(self, step: int) -> list[Batch]:
         """Read what `microbatches` returns, now and in this thread."""
-        mine = np.full(self.rank_rows, PADDING_ROW, dtype=np.int64)
         part = self.row_ids(step)[self.rank * self.rank_rows : (self.rank + 1) * self.rank_rows]
-        mine[: len(part)] = part
-        rows, streams = self._gather(mine, len(part))
-        return split_batch(rows, mine, streams, self.micro_batches, self.document_mask)
+        if len(self.streams) == 1 and len(part) == self.rank_rows:
+            rows, streams = self.streams[0].gather(part), None
+        else:
+            real = len(part)
+            part = np.append(part, np.full(self.rank_rows - real, PADDING_ROW))
+            rows, streams = self._gather(part, real)
+        return split_batch(rows, part, streams, self.micro_batches, self.document_mask)
 
     def count_rows(self, step: int) -> np.ndarray:
         """Return how many rows of each stream come before a step.  # (streams,) int64"""
@@ -147,13 +150,12 @@ class Loader:
         streams = np.full(len(numbers), PADDING_ROW, dtype=np.int64)
         streams[:real] = np.searchsorted(self._offsets, numbers[:real], side="right") - 1
         used = np.unique(streams[:real]).tolist()
-        if len(used) == 1 and real == len(numbers):
-            return self.streams[used[0]].gather(numbers - self._offsets[used[0]]), streams
         batch = empty_rows(self.streams[0], len(numbers))
         places = [np.flatnonzero(streams == stream) for stream in used]
         wanted = [numbers[here] - self._offsets[s] for s, here in zip(used, places, strict=True)]
         rows = [self.streams[stream] for stream in used]
-        bring_together(rows, wanted)
+        if len(rows) > 1:
+            bring_together(rows, wanted)
         for of_stream, here, within in zip(rows, places, wanted, strict=True):
             put_rows(batch, here, of_stream.gather(within))
         return batch, streams
@@ -189,20 +191,25 @@ def split_batch(
     rows: RowBatch,
     numbers: np.ndarray,
     streams: np.ndarray | None,
-    sizes: Sequence[int],
+    sizes: tuple[int, ...],
     document_mask: bool,
 ) -> list[Batch]:
     """Turn rows into batches of `sizes` rows, whose tensors are views of one gather."""
     segments = rows.segments if document_mask else np.zeros_like(rows.segments)
-    tokens = torch.from_numpy(rows.tokens)
-    columns = (
-        tokens[:, :-1].split(sizes),
-        torch.from_numpy(rows.targets).split(sizes),
-        torch.from_numpy(segments).split(sizes),
-        torch.from_numpy(numbers).split(sizes),
-        [None] * len(sizes) if streams is None else torch.from_numpy(streams).split(sizes),
-    )
-    return [Batch(*parts) for parts in zip(*columns, strict=True)]
+    inputs, share, first, batches = rows.tokens[:, :-1], torch.from_numpy, 0, []
+    for size in sizes:
+        part = slice(first, first + size)  # of numpy's arrays: views of tensors cost more
+        batches.append(
+            Batch(
+                share(inputs[part]),
+                share(rows.targets[part]),
+                share(segments[part]),
+                share(numbers[part]),
+                None if streams is None else share(streams[part]),
+            )
+        )
+        first += size
+    return batches
 
 
 def validation_batches(
@@ -262,4 +269,4 @@ class _ValidationBatches(Sequence[Batch]):
         batch = empty_rows(self._rows, len(numbers))
         real = np.flatnonzero(numbers >= 0)
         put_rows(batch, real, self._rows.gather(numbers[real]))
-        return split_batch(batch, numbers.copy(), None, [len(numbers)], self._document_mask)[0]
+        return split_batch(batch, numbers.copy(), None, (len(numbers),), self._document_mask)[0]

@@ -23,7 +23,7 @@ REMOVED = "removed.jsonl"
 TOKENIZER = "tokenizer"
 """The folder beside the splits."""
 
-SCHEMA = 2
+SCHEMA: Literal[2] = 2
 """Of manifests and rows: 1 had rows of tokens alone, whose documents were found by end of text."""
 
 _Number = Annotated[int, Field(ge=0)]

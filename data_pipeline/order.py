@@ -19,6 +19,9 @@ ORDER_VERSION = 2
 """Changes when the same seed and position come to mean another row."""
 
 _ROUNDS = 8
+_ORDER_ROUNDS = 4
+"""Within partitions, as many as make a pseudo-random permutation (Luby and Rackoff 1988): these are
+computed for every row that is read, and each has a key of its own partition."""
 _PARTITION_BITS = PARTITIONS.bit_length() - 1
 _REVERSED = np.asarray(
     [int(f"{number:0{_PARTITION_BITS}b}"[::-1], 2) for number in range(PARTITIONS)], dtype=np.int64
@@ -192,7 +195,7 @@ def _permute_each(
         key: What all of them depend on.
         labels: (n,) int64, what each of them depends on besides.
     """
-    base = np.asarray(_round_keys(*key), dtype=np.uint64)[:, None]
+    base = np.asarray(_round_keys(*key)[:_ORDER_ROUNDS], dtype=np.uint64)[:, None]
     own = labels.astype(np.uint64)[None, :] * np.uint64(0x9E3779B97F4A7C15)
     keys = scramble(own, base)  # (rounds, n)
     bits = max(2, (max(largest, 1) - 1).bit_length())

@@ -118,7 +118,8 @@ class Rows:
             IndexError: there is no such row.
         """
         numbers = np.asarray(row_numbers, dtype=np.int64)
-        if numbers.size and (numbers.min() < 0 or numbers.max() >= len(self)):
+        # Negative ones are very large ones to an unsigned type.
+        if numbers.size and numbers.view(np.uint64).max() >= len(self):
             raise IndexError(f"rows are numbered from 0 to {len(self) - 1}")
         return decode_rows(self._gather_raw(numbers), self.manifest.context, self._dtype)
 
@@ -139,12 +140,13 @@ class Rows:
 
     def _gather_raw(self, numbers: np.ndarray) -> np.ndarray:
         """Return rows as they are stored.  # (n, bytes of a row) uint8"""
+        if len(self._ends) == 1:
+            self._files.bring([0])
+            return self._map(0)[numbers]
         shards = np.searchsorted(self._ends, numbers, side="right")
         within = numbers - self._first_rows[shards]
-        used = np.unique(shards).tolist()
+        used = sorted(set(shards.tolist()))
         self._files.bring(used)
-        if len(used) == 1:
-            return self._map(used[0])[within]
         raw = np.empty((numbers.size, self._row_bytes), dtype=np.uint8)
         if numbers.size < _FEW_ROWS * len(used):
             for place, (shard, row) in enumerate(

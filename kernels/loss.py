@@ -104,8 +104,8 @@ def reference_loss(
     with torch.no_grad():
         teacher_logits = F.linear(teacher_hidden, teacher_weight).float()
         teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
-    per_token = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
-    distillation = temperature**2 * per_token[targets != IGNORE].sum()
+    divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+    distillation = temperature**2 * divergence[targets != IGNORE].sum()
     total = (1 - teacher_share) * cross_entropy + teacher_share * distillation
     return LossSums(total, cross_entropy.detach(), distillation.detach(), per_token)
 
