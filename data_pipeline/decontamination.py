@@ -31,7 +31,7 @@ from shoal.data_pipeline.sources import read_lines, resolve_path
 if TYPE_CHECKING:
     import numpy as np
 
-_BUCKETS_PER_SEQUENCE = 16  # a sequence that is not there passes the table once in so many times
+_BUCKETS_PER_SEQUENCE = 8  # a sequence that is not there passes the table once in so many times
 
 
 @dataclass(frozen=True)

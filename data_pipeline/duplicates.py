@@ -1,14 +1,43 @@
-"""STAND-IN until the real one is merged."""
+"""The stages that find the exact and the near duplicates of a corpus, and say which documents stay.
 
-from collections.abc import Callable
+Texts are read by piece, once, and only of documents that may be duplicates. What is held of all
+documents at once is at most some 60 bytes a document (the sorted digests; 40 while a band is
+paired), whatever their length.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from shoal.configs.errors import DataError
+from shoal.data_pipeline.candidates import (
+    DuplicatePlan,
+    MergeBands,
+    PairBands,
+    ProfileCandidates,
+    VerifyPairs,
+    cut_pairs,
+)
+from shoal.data_pipeline.documents import Removal
+from shoal.data_pipeline.matching import DOCUMENTS, choose_removed, find_twins
+from shoal.data_pipeline.minhash import load_keys, save_array
+from shoal.data_pipeline.store import read_labels
 
-from shoal.configs.corpus import CleanConfig
-from shoal.data_pipeline.minhash import load_keys
-from shoal.data_pipeline.stages import Stage
-from shoal.data_pipeline.store import read_documents
+if TYPE_CHECKING:
+    import numpy as np
+
+    from shoal.configs.corpus import CleanConfig
+    from shoal.data_pipeline.stages import Stage
+
+EXACT = "exact_duplicate"
+NEAR = "near_duplicate"
+
+_REMOVED = [("document", "<i8"), ("twin", "<i8"), ("similarity", "<f8"), ("exact", "?")]
 
 
 def find_duplicates(
@@ -18,34 +47,193 @@ def find_duplicates(
     folder: Path,
     run: Callable[[Stage], None],
 ) -> list[Path]:
-    import json
+    """Find the duplicates among the documents of some pieces; of equal ones the earliest stays.
 
-    seen: dict[bytes, str] = {}
-    out = []
-    for n, (p, k) in enumerate(zip(pieces, keys, strict=True)):
-        d = load_keys(k).digests
-        mask, lines = [], []
-        for row, doc in enumerate(read_documents(p)):
-            b = d[row].tobytes()
-            mask.append(b not in seen)
-            if b in seen:
-                lines.append(
-                    json.dumps(
-                        {
-                            "id": doc.id,
-                            "source": doc.source,
-                            "domain": doc.domain,
-                            "reason": "exact_duplicate",
-                            "match": seen[b],
-                            "similarity": None,
-                        }
-                    )
-                    + "\n"
-                )
+    A near duplicate is removed if a document before it that itself stays is similar enough, and
+    then names the first such. Copies of a document that goes as a near duplicate go with it.
+
+    Args:
+        pieces: Documents, as `store.write_documents` leaves them, in the order of the corpus.
+        keys: Their keys, as `minhash.save_keys` leaves them, with the bands of `config`.
+        config: Whether exact and near duplicates are removed, and what near means.
+        folder: Receives what the stages write; what an earlier attempt left is used.
+        run: Runs all tasks of a stage that are not done, and raises if one fails.
+
+    Returns:
+        For each piece the file that tells which documents stay, (documents,) bool as .npy, beside a
+        .jsonl file of the removals.
+
+    Raises:
+        DataError: Keys do not belong to `config`, or there are 2^32 documents or more.
+    """
+    import numpy as np
+
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = DuplicatePlan(tuple(pieces), _index_keys(keys, config), config, folder)
+    run(MatchDigests(plan))
+    near = config.near_duplicates
+    tasks = 0
+    if near is not None:
+        run(PairBands(plan))
+        run(MergeBands(plan))
+        run(ProfileCandidates(plan))
+        tasks = len(cut_pairs(np.load(plan.candidates, mmap_mode="r")))
+        run(VerifyPairs(plan, tasks))
+    run(ChooseRemoved(plan, tasks))
+    run(WriteMasks(plan))
+    return [plan.mask(number) for number in range(len(pieces))]
+
+
+def _index_keys(keys: list[Path], config: CleanConfig) -> tuple[tuple[Path, int], ...]:
+    """Return the key files, each with the number of its first document, and the end.
+
+    Raises:
+        DataError: See `find_duplicates`.
+    """
+    bands = 0 if config.near_duplicates is None else config.near_duplicates.bands
+    first, index = 0, []
+    for file in keys:
+        found = load_keys(file)
+        if found.bands.shape[1] < bands:
+            raise DataError(
+                f"keys of {found.bands.shape[1]} bands where the corpus has {bands}",
+                where=file,
+                fix="delete the work folder and prepare again",
+            )
+        index.append((file, first))
+        first += len(found.digests)
+    if first >= DOCUMENTS:
+        raise DataError(f"{first} documents are more than duplicates can be looked for in")
+    return (*index, (Path(), first))
+
+
+@dataclass(frozen=True)
+class MatchDigests:
+    """One task: for each document the first one of the same text, or -1."""
+
+    plan: DuplicatePlan
+    name = "find exact duplicates"
+    tasks = 1
+
+    def is_done(self, task: int) -> bool:
+        """Whether its file is there."""
+        return self.plan.twins.exists()
+
+    def run(self, task: int) -> None:
+        """Write twins.npy, (documents,) int64."""
+        import numpy as np
+
+        digests = np.empty((self.plan.documents, 2), np.uint64)
+        for number, (file, first) in enumerate(self.plan.keys[:-1]):
+            digests[first : self.plan.span(number)[1]] = load_keys(file).digests
+        save_array(self.plan.twins, find_twins(digests))
+
+
+@dataclass(frozen=True)
+class ChooseRemoved:
+    """One task: which documents go, and in favour of which."""
+
+    plan: DuplicatePlan
+    verified: int
+    """Tasks that verified pairs."""
+    name = "choose duplicates"
+    tasks = 1
+
+    def is_done(self, task: int) -> bool:
+        """Whether its file is there."""
+        return self.plan.removed.exists()
+
+    def run(self, task: int) -> None:
+        """Write removed.npy: a line a removed document, rising."""
+        import numpy as np
+
+        near: dict[int, tuple[int, float]] = {}
+        if self.plan.config.near_duplicates is not None:
+            found = [np.empty(0)]
+            found += [np.load(self.plan.similarities(task)) for task in range(self.verified)]
+            pairs = np.load(self.plan.candidates, mmap_mode="r")
+            chosen = choose_removed(pairs, np.concatenate(found), self.plan.near.similarity)
+            near = {number: (twin, value) for number, twin, value in chosen}
+        lines = [(number, twin, value, False) for number, (twin, value) in near.items()]
+        lines += self._follow_copies(near)
+        save_array(self.plan.removed, np.array(sorted(lines), _REMOVED))
+
+    def _follow_copies(
+        self, near: dict[int, tuple[int, float]]
+    ) -> Iterator[tuple[int, int, float, bool]]:
+        """Yield the copies of other documents, each with what stays in its place."""
+        import numpy as np
+
+        config = self.plan.config
+        if not config.exact_duplicates and config.near_duplicates is None:
+            return
+        twins = np.load(self.plan.twins, mmap_mode="r")
+        for number in np.flatnonzero(twins >= 0).tolist():
+            twin = int(twins[number])
+            if twin in near:
+                yield number, *near[twin], False
             else:
-                seen[b] = doc.id
-        f = folder / f"{n:06d}.npy"
-        np.save(f, np.array(mask, dtype=bool))
-        f.with_suffix(".jsonl").write_text("".join(lines))
-        out.append(f)
-    return out
+                yield number, twin, 1.0, config.exact_duplicates
+
+
+@dataclass(frozen=True)
+class WriteMasks:
+    """One task a piece: which of its documents stay, and a line for each that does not."""
+
+    plan: DuplicatePlan
+    name = "mark duplicates"
+
+    @property
+    def tasks(self) -> int:
+        """One a piece."""
+        return len(self.plan.pieces)
+
+    def is_done(self, task: int) -> bool:
+        """Whether both files are there."""
+        return self.plan.mask(task).exists()
+
+    def run(self, task: int) -> None:
+        """Write the removals, then the mask."""
+        import numpy as np
+
+        first, end = self.plan.span(task)
+        removed = np.load(self.plan.removed, mmap_mode="r")
+        low, high = np.searchsorted(removed["document"], [first, end])
+        here = np.asarray(removed[low:high])
+        lines = [json.dumps(asdict(line), ensure_ascii=False) for line in self._tell(task, here)]
+        _write_text(self.plan.removals(task), "".join(f"{line}\n" for line in lines))
+        keep = np.ones(end - first, bool)
+        keep[here["document"] - first] = False
+        save_array(self.plan.mask(task), keep)
+
+    def _tell(self, task: int, removed: np.ndarray[Any, Any]) -> Iterator[Removal]:
+        first, _ = self.plan.span(task)
+        rows = (removed["document"] - first).tolist()
+        labels = read_labels(self.plan.pieces[task], rows) if rows else []
+        names = self._name(removed["twin"].tolist())
+        for (name, domain, source), line in zip(labels, removed, strict=True):
+            reason = EXACT if line["exact"] else NEAR
+            similarity = None if line["exact"] else float(line["similarity"])
+            yield Removal(name, source, domain, reason, names[int(line["twin"])], similarity)
+
+    def _name(self, documents: list[int]) -> dict[int, str]:
+        """Return the ids of documents of any pieces."""
+        by_piece: dict[int, list[int]] = {}
+        for document in sorted(set(documents)):
+            by_piece.setdefault(self.plan.find_piece(document), []).append(document)
+        names = {}
+        for piece, members in by_piece.items():
+            first, _ = self.plan.span(piece)
+            labels = read_labels(self.plan.pieces[piece], [member - first for member in members])
+            names.update(zip(members, (label[0] for label in labels), strict=True))
+        return names
+
+
+def _write_text(file: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    with aside.open("w", encoding="utf-8") as raw:
+        raw.write(text)
+        raw.flush()
+        os.fsync(raw.fileno())
+    aside.rename(file)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal, cast
 
 from shoal.configs.errors import ConfigError, DataError, PreflightError, ShoalError
 
@@ -217,14 +217,14 @@ def exists(path: str | Path) -> bool:
         return _look_up(fs, inside) is not None
 
 
-def open_file(path: str | Path) -> BinaryIO:
+def open_file(path: str | Path) -> io.BufferedReader:
     """Open a file for reading; it can be sought in and has a buffer.
 
     Raises:
         DataError: a URL that cannot be read, now or while it is. OSError for local files.
     """
     if not is_url(path):
-        return local_path(path).open("rb", BUFFER_BYTES)
+        return cast(io.BufferedReader, local_path(path).open("rb", BUFFER_BYTES))
     with explain(str(path)):
         fs, inside = reach(str(path))
         raw = fs.open(inside, "rb", block_size=_REMOTE_BLOCK, cache_type="readahead")
@@ -252,7 +252,7 @@ def hash_file(path: str | Path) -> str:
     """
     try:
         with open_file(path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"cannot be read: {error}", where=path) from None
 

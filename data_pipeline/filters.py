@@ -59,6 +59,11 @@ class Text:
         return self._words
 
     @property
+    def word_count(self) -> int:
+        """How many words there are; cheaper than `words` where nothing else is asked of them."""
+        return len(self.text.split()) if self._words is None else self._words.count
+
+    @property
     def lines(self) -> list[str]:
         """Its lines, those left out that are empty or blank."""
         if self._lines is None:
@@ -141,7 +146,7 @@ class GopherQuality:
         )
 
     def _judge_marks(self, text: Text) -> Verdict | None:
-        limit, count = self.config.max_symbol_word_ratio, text.words.count
+        limit, count = self.config.max_symbol_word_ratio, text.word_count
         ellipses = sum(map(text.text.count, ELLIPSES))
         return _above("too many #", _share(text.text.count("#"), count), limit) or _above(
             "too many ellipses", _share(ellipses, count), limit
@@ -352,7 +357,7 @@ class FineWeb:
             )
             or _above(
                 "too many line breaks",
-                _share(breaks, text.words.count),
+                _share(breaks, text.word_count),
                 config.max_newline_word_ratio,
             )
         )

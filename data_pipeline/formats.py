@@ -192,7 +192,7 @@ def _name_damage(path: str | Path) -> Iterator[None]:
 
 def _unpack(raw: BinaryIO, kind: str) -> Iterable[bytes]:
     if kind == "gzip":  # pyarrow's reader takes the zero bytes that may follow for damage
-        return io.BufferedReader(gzip.GzipFile(fileobj=raw), BUFFER_BYTES)  # type: ignore[arg-type]
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw), BUFFER_BYTES)
     import pyarrow
 
     return io.BufferedReader(pyarrow.CompressedInputStream(raw, kind), buffer_size=BUFFER_BYTES)

@@ -18,14 +18,16 @@ GROUP_PAIRS = 16
 those just before it. A hundred thousand pages of one template give 1.6 million pairs, not 5e9."""
 
 DOCUMENT_PAIRS = 16
-"""Pairs that a document keeps over all bands, those that most bands agree on."""
+"""Pairs that a document keeps over all bands, those of the greatest weight."""
 
 DOCUMENTS = 2**32
 """What the halves of a pair can number."""
 
 _HALF = 32
+_WEIGHT = 2**32  # of a pair, divided by the members of its group
 _REPEATED = 3
-_RENAMED_SHARE = 0.15
+_RENAMED_SHARE = 0.02
+_RARER = 4
 
 
 def find_twins(digests: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -59,14 +61,16 @@ def _spread_starts(same: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.maximum.accumulate(np.where(same, 0, places)) if len(same) else places
 
 
-def pair_band(
-    keys: np.ndarray[Any, Any], documents: np.ndarray[Any, Any]
-) -> np.ndarray[Any, Any]:
-    """Return the pairs of documents that share a key, at most GROUP_PAIRS a document, sorted.
+def pair_band(keys: np.ndarray[Any, Any], documents: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return the pairs of documents that share a key, at most GROUP_PAIRS a later document.
 
     Args:
         keys: # (n,) uint64
         documents: Their numbers, rising.  # (n,) int64
+
+    Returns:
+        The pairs, sorted, and the weight of each: what few documents share tells two copies from
+        two pages of one template.  # (2, pairs) uint64
     """
     import numpy as np
 
@@ -80,13 +84,17 @@ def pair_band(
     numbers, starts = documents[order], _spread_starts(same)
     places = np.arange(len(numbers))
     ranks = places - starts
-    found = [np.empty(0, np.uint64)]
+    weights = np.uint64(_WEIGHT) // np.bincount(starts, minlength=1)[starts].astype(np.uint64)
+    found = [np.empty((2, 0), np.uint64)]
     for step in range(GROUP_PAIRS // 2):
         first = ranks > step
-        found.append(_join(numbers[first], numbers[starts[first] + step]))
-        before = ranks > step + GROUP_PAIRS // 2  # nearer ones are among the group's first
-        found.append(_join(numbers[before], numbers[places[before] - step - 1]))
-    return np.unique(np.concatenate(found))
+        pairs = _join(numbers[first], numbers[starts[first] + step])
+        found.append(np.stack([pairs, weights[first]]))
+        near = ranks > step + GROUP_PAIRS // 2  # closer ones are among the group's first
+        pairs = _join(numbers[near], numbers[places[near] - step - 1])
+        found.append(np.stack([pairs, weights[near]]))
+    both = np.hstack(found)
+    return both[:, np.argsort(both[0], kind="stable")]
 
 
 def _join(later: np.ndarray[Any, Any], earlier: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -105,38 +113,48 @@ def split_pairs(
     return later, (pairs & np.uint64(DOCUMENTS - 1)).astype(np.int64)
 
 
-def merge_pairs(bands: Iterable[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
-    """Return the pairs of all bands, sorted, at most DOCUMENT_PAIRS for a later document."""
+def start_pairs(later: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return the least pair that each later document can have.  # (n,) uint64"""
     import numpy as np
 
-    pairs, counts = np.empty(0, np.uint64), np.empty(0, np.uint16)
+    return later.astype(np.uint64) << np.uint64(_HALF)
+
+
+def merge_pairs(bands: Iterable[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    """Return the pairs of all bands, sorted, at most DOCUMENT_PAIRS for a later document.
+
+    Args:
+        bands: As `pair_band` returns them.
+    """
+    import numpy as np
+
+    pairs, weights = np.empty(0, np.uint64), np.empty(0, np.uint64)
     for band in bands:
-        both = np.concatenate([pairs, band])
-        weights = np.concatenate([counts, np.ones(len(band), np.uint16)])
+        both = np.concatenate([pairs, band[0]])
         order = np.argsort(both, kind="stable")
-        both, weights = both[order], weights[order]
+        both, summands = both[order], np.concatenate([weights, band[1]])[order]
         new = np.ones(len(both), bool)
         new[1:] = both[1:] != both[:-1]
         starts = np.flatnonzero(new)
         pairs = both[starts]
-        counts = np.add.reduceat(weights, starts) if len(starts) else weights
-        pairs, counts = _trim(pairs, counts)
+        weights = np.add.reduceat(summands, starts) if len(starts) else summands
+        pairs, weights = _trim(pairs, weights)
     return pairs
 
 
 def _trim(
-    pairs: np.ndarray[Any, Any], counts: np.ndarray[Any, Any]
+    pairs: np.ndarray[Any, Any], weights: np.ndarray[Any, Any]
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Keep, of each later document, the pairs that most bands agree on, of equal ones the first."""
+    """Keep, of each later document, the pairs of the greatest weight, of equal ones the first."""
     import numpy as np
 
     later, earlier = split_pairs(pairs)
-    order = np.lexsort((earlier, -counts.astype(np.int32), later))
+    order = np.lexsort((earlier, -weights.astype(np.int64), later))
     same = np.zeros(len(order), bool)
     same[1:] = later[1:] == later[:-1]  # lexsort by later leaves later itself as it is
     ranks = np.arange(len(order)) - _spread_starts(same)
     kept = np.sort(order[ranks < DOCUMENT_PAIRS])
-    return pairs[kept], counts[kept]
+    return pairs[kept], weights[kept]
 
 
 @dataclass(frozen=True)
@@ -153,25 +171,45 @@ class Profile:
 
 def measure_similarity(one: Profile, other: Profile) -> float:
     """Return the Jaccard similarity of two sets of shingles, 0 for two empty ones."""
-    import numpy as np
-
-    shared = len(np.intersect1d(one.shingles, other.shingles, assume_unique=True))
+    shared = _count_shared(one.shingles, other.shingles)
     union = len(one.shingles) + len(other.shingles) - shared
     return shared / union if union else 0.0
+
+
+def _count_shared(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> int:
+    """Count what two rising arrays share; one of each value in either."""
+    import numpy as np
+
+    if len(one) > len(other):
+        one, other = other, one
+    return int(np.count_nonzero(_find(one, other) >= 0))
+
+
+def _find(values: np.ndarray[Any, Any], among: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return where each value stands in a rising array, -1 where it does not.  # (values,) int64"""
+    import numpy as np
+
+    if len(among) == 0:
+        return np.full(len(values), -1)
+    places = np.searchsorted(among, values)
+    places[places == len(among)] = 0  # greater than all: equal to none, so not to the first
+    return np.where(among[places] == values, places, -1)
 
 
 def is_renamed(one: Profile, other: Profile) -> bool:
     """Tell whether two similar documents are one template filled in about two things.
 
-    Of the words that a document has and the other has not at all, those that stand there three
-    times or more make up a good part in *both*: each repeats the name of what it is about. Edits
-    here and there do not do that: a word that is repeated would have to be hit every time.
+    Of the words that stand in a document three times or more, at least 2 % are missing from the
+    other or at most a quarter as often in it, and that in *both* documents: each repeats the name
+    of what it is about. Edits here and there do not do that, since nearly every occurrence of a
+    word would have to be hit: of a tenth of the words changed, four repeated words in a thousand.
     """
-    import numpy as np
-
     for mine, theirs in ((one, other), (other, one)):
-        own = mine.counts[np.isin(mine.words, theirs.words, assume_unique=True, invert=True)]
-        if own[own >= _REPEATED].sum() <= _RENAMED_SHARE * own.sum():
+        often = mine.counts >= _REPEATED
+        places = _find(mine.words[often], theirs.words)
+        there = theirs.counts[places] if len(theirs.counts) else 0
+        rare = int(((places < 0) | (there * _RARER <= mine.counts[often])).sum())
+        if rare == 0 or rare < _RENAMED_SHARE * len(places):
             return False
     return True
 

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 NO_KEY = 0
 """Band key of a document without a word, which matches nothing."""
 
-_PUNCTUATION = string.punctuation + "\u2018\u2019\u201c\u201d\u2013\u2014\u2026\u00ab\u00bb\u00b7\u2022"
+_PUNCTUATION = (
+    string.punctuation + "\u2018\u2019\u201c\u201d\u2013\u2014\u2026\u00ab\u00bb\u00b7\u2022"
+)
 _CACHED_WORDS = 500_000
 _CACHED_LENGTH = 40
 _BLOCK = 1024  # shingles at once, so that bands x band_hashes x block stays in the cache
@@ -69,17 +71,19 @@ class Shingler:
         draw = np.random.Generator(np.random.PCG64(_SEED))
         self._factors = draw.integers(0, 2**63, size=ngram, dtype=np.uint64) * 2 + 1
 
-    def hash_shingles(self, text: str) -> np.ndarray[Any, Any]:
-        """Return 64-bit hashes in the order of the text, repeated ones too.  # (shingles,) uint64
-
-        A text of fewer words than a shingle has is one shingle; without a word it has none.
-        """
+    def hash_words(self, text: str) -> np.ndarray[Any, Any]:
+        """Return a 64-bit hash of each word, in the order of the text.  # (words,) uint64"""
         import numpy as np
 
         raw = text.lower().split()
         words = np.fromiter(map(self._words.__getitem__, raw), np.uint64, len(raw))
-        if not words.all():
-            words = words[words != 0]
+        return words if words.all() else words[words != 0]
+
+    def join_words(self, words: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Return 64-bit hashes of all shingles, repeated ones too.  # (shingles,) uint64
+
+        A text of fewer words than a shingle has is one shingle; without a word it has none.
+        """
         size = min(self._ngram, len(words))
         if size == 0:
             return words
@@ -89,11 +93,9 @@ class Shingler:
             hashes += words[place : place + shingles] * self._factors[place]
         return _mix(hashes)
 
-    def collect(self, text: str) -> np.ndarray[Any, Any]:
-        """Return the set of shingles as rising hashes.  # (different shingles,) uint64"""
-        import numpy as np
-
-        return np.unique(self.hash_shingles(text))
+    def hash_shingles(self, text: str) -> np.ndarray[Any, Any]:
+        """Return the shingles of a text, as `join_words` does."""
+        return self.join_words(self.hash_words(text))
 
 
 def _mix(hashes: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

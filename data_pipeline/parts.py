@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from shoal.configs.corpus import SourceConfig
 from shoal.configs.errors import DataError
@@ -140,7 +141,7 @@ def _cut_row_groups(file: SourceFile, part_bytes: int) -> Iterator[Stretch]:
     yield Stretch(file, first, len(facts), line, size)
 
 
-def _weigh_group(group: object) -> tuple[int, int]:
+def _weigh_group(group: Any) -> tuple[int, int]:
     """Return the rows of a row group, and its bytes on disk."""
-    columns = [group.column(i) for i in range(group.num_columns)]  # type: ignore[attr-defined]
-    return group.num_rows, sum(c.total_compressed_size for c in columns)  # type: ignore[attr-defined]
+    columns = [group.column(i) for i in range(group.num_columns)]
+    return group.num_rows, sum(c.total_compressed_size for c in columns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 
 import pytest
@@ -102,9 +103,29 @@ def test_training_copy_of_a_held_out_document_goes(make_config, lines, planted, 
     assert late not in [r["id"] for r in removed(done.validation)]
 
 
+def test_near_duplicate_names_its_twin(make_config, lines, clean, tmp_path):
+    """Also where the two lie in different pieces of different parts."""
+    chooser = random.Random(5)
+    documents = [
+        {"id": f"n{i}", "text": " ".join(f"w{chooser.randrange(3000)}" for _ in range(120))}
+        for i in range(60)
+    ]
+    first = next(d for d in documents if not is_held(d["id"]))
+    words = first["text"].split()
+    words[60] = "changed"
+    file = lines(tmp_path / "x.jsonl", [*documents, {"id": TWIN, "text": " ".join(words)}])
+    settings = {"train": [{"path": str(file)}], "clean": clean | {"near_duplicates": {}}}
+    done = prepare(make_config(tmp_path / "c", context=64, **settings))
+    (gone,) = removed(done.train)
+    assert (gone["id"], gone["reason"]) == (TWIN, "near_duplicate")
+    assert first["id"] in gone["match"]
+    assert 0.8 < gone["similarity"] < 1
+    assert read_manifest(done.train).cleaning.removed == {"near_duplicate": 1}
+
+
 def test_pieces_do_not_show(make_config, lines, planted, clean, tree, tmp_path, monkeypatch):
     file = lines(tmp_path / "x.jsonl", planted)
-    settings = {"train": [{"path": str(file)}], "clean": clean}
+    settings = {"train": [{"path": str(file)}], "clean": clean | {"near_duplicates": {}}}
     one = prepare(make_config(tmp_path / "a", **settings))
     monkeypatch.setattr(pieces, "MIN_PIECE_BYTES", 1500)
     monkeypatch.setattr(pieces, "MIN_PART_BYTES", 5000)
