@@ -40,6 +40,7 @@ from shoal.data_pipeline.embedding import (
 from shoal.data_pipeline.executors import open_executor
 from shoal.data_pipeline.keywords import name_clusters
 from shoal.data_pipeline.manifest import MANIFEST
+from shoal.data_pipeline.order import ORDER_VERSION
 from shoal.data_pipeline.publishing import hold_lock, name_output, remove_stale, sync_folder
 from shoal.data_pipeline.row_texts import open_rows, sample_rows
 from shoal.data_pipeline.sampling import entropy_bits, total_variation
@@ -111,7 +112,7 @@ def find_key(config: ClusterConfig, model: Model | None) -> str:
     """Return the hash of what determines the clusters: shards by their content, not their place."""
     return hash_tree(
         {
-            "version": _VERSION,
+            "version": [_VERSION, ORDER_VERSION],
             "config": _settled(config),
             "corpora": [open_rows(c.path).manifest.shards_hash for c in config.corpora],
             "tokenizers": [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -64,6 +65,15 @@ def test_sampled_rows_are_of_the_domains_topics(corpora, clusters):
 def test_same_bytes_for_any_processes(corpora, clusters, tree, tmp_path):
     config = make_config(corpora, tmp_path / "two", processes=2)
     assert tree(make_clusters(config).folder) == tree(clusters.folder)
+
+
+def test_what_is_fitted_does_not_grow_with_the_corpus(corpora, tmp_path):
+    embedding = {"sample_rows": 40, "dimensions": 8, "buckets": 512}
+    config = make_config(corpora, tmp_path / "out", embedding=embedding, sample_rows=64)
+    made = make_clusters(config)
+    assert json.loads((made.folder / "embedder" / "embedder.json").read_text())["rows"] == 40
+    assert made.manifest.sampled_rows == 64
+    assert made.histogram("generic").sum() == made.generic.rows > 500
 
 
 def test_another_seed_samples_other_rows(corpora):
