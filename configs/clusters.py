@@ -64,7 +64,9 @@ class ClusterConfig(Section):
         description="over 1,024 in two levels: about the square root of them, each divided again",
     )
     method: Literal["auto", "lloyd", "minibatch"] = Field(
-        "auto", description="of k-means; auto: lloyd where rows x clusters is below 10 million"
+        "auto",
+        description="of k-means; auto: lloyd where sampled rows x "
+        "clusters (of one level) is below 10 million",
     )
     restarts: Count = Field(3, description="k-means runs; the one with the least inertia is taken")
     sample_rows: Count = Field(

@@ -253,7 +253,7 @@ class _Making:
             clusters=self.config.clusters,
             dimensions=Centroids.load(self.work).points.shape[1],
             sampled_rows=sampled,
-            method=choose_method(self.config, sampled, self.config.clusters),
+            method=choose_method(self.config, sampled),
             inertia=inertia,
             empty_clusters=int(np.count_nonzero(sum(counts for *_, counts in corpora) == 0)),
             corpora=tuple(_describe_corpus(c, counts, generic) for c, _, counts in corpora),

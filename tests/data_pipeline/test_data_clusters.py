@@ -145,9 +145,11 @@ def test_more_clusters_than_rows(corpora, tmp_path):
         make_clusters(make_config(corpora, tmp_path / "out", clusters=5000))
 
 
-def test_two_levels(corpora, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["auto", "minibatch"])
+def test_two_levels(corpora, tmp_path, monkeypatch, method):
     monkeypatch.setattr("shoal.data_pipeline.centroids.FLAT_CLUSTERS", 8)
-    made = make_clusters(make_config(corpora, tmp_path / "out", clusters=30))
+    made = make_clusters(make_config(corpora, tmp_path / "out", clusters=30, method=method))
+    assert made.manifest.method == ("lloyd" if method == "auto" else method)
     centroids = made.centroids()
     assert len(centroids) == 30
     assert len(centroids.coarse) == 5
