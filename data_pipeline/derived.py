@@ -108,6 +108,7 @@ def take_rows(
         DataError: the shards are damaged.
     """
     folder, manifest = Path(folder), verify(folder)
+    beside = tokenizer_beside(folder)
     overlap = int((manifest.config.get("packing") or {}).get("overlap", True))
     with _make_aside(Path(out), folder, manifest) as aside:
         reader = _RawRows(folder, manifest)
@@ -122,14 +123,13 @@ def take_rows(
             documents += count_documents(rows, manifest.packing.separator, overlap)
             entry = write_mds(aside, len(shards), rows, manifest.compression)
             shards.append(shard_facts(entry))
-        for name in (DROPPED, REMOVED):
-            if name in manifest.files:
-                shutil.copyfile(folder / name, aside / name)
+        for name in {DROPPED, REMOVED} & set(manifest.files):
+            shutil.copyfile(folder / name, aside / name)
         packing = {"padding_tokens": padding, "cut_documents": None}
         facts = {
             "packing": manifest.packing.model_copy(update=packing),
             "documents": documents,
-            "text_bytes": int(counts @ Tokenizer.load(tokenizer_beside(folder)).token_bytes),
+            "text_bytes": int(counts @ Tokenizer.load(beside).token_bytes),
             "domains": {},
             "lengths": {},
             "config": {"packing": manifest.config.get("packing"), **how},

@@ -109,7 +109,7 @@ class Loader:
         places = self.mixture.locate(np.arange(first, first + shape[0] * shape[1]))
         rows = np.empty_like(places.streams)
         partitions = np.empty_like(places.streams)
-        for stream in np.unique(places.streams):
+        for stream in np.flatnonzero(np.bincount(places.streams)):
             here = np.flatnonzero(places.streams == stream)
             found, partitions[here] = self._orders[stream].locate(places.positions[here])
             rows[here] = found + self._offsets[stream]

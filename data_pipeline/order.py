@@ -144,7 +144,13 @@ class RowOrder:
         edges = _first_rows(self)
         sizes = edges[partitions + 1] - edges[partitions]
         rows = np.empty_like(places)
-        for epoch in np.unique(epochs):
+        if not len(epochs):
+            return rows, partitions
+        first, last = int(epochs.min()), int(epochs.max())
+        if first == last:
+            return self._shuffle(places, sizes, partitions, first) + edges[partitions], partitions
+        # As a rule positions are close together, and sorting them would take longer than the rest.
+        for epoch in range(first, last + 1) if last - first < 16 else np.unique(epochs):
             here = np.flatnonzero(epochs == epoch)
             rows[here] = self._shuffle(places[here], sizes[here], partitions[here], int(epoch))
         return rows + edges[partitions], partitions

@@ -32,7 +32,7 @@ _LANES = np.uint64(0x0101010101010101)
 
 _BLOCK_ROWS = 1024
 """Rows filled at a time, which bounds the memory that takes."""
-_SMALL = 2**14
+_SMALL = 2**15
 """Tokens up to which numpy's cumsum, slow for one, is the fastest for having one call alone."""
 _BLOCK_TOKENS = 2**18
 """Tokens summed at a time, which keeps what lies between in the cache."""

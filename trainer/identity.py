@@ -12,6 +12,8 @@ from shoal.configs.load import build_config
 from shoal.configs.schema import RunConfig
 from shoal.trainer.teamwork import gather
 
+_OTHERWISE = {"teacher": "by another teacher", "order": "on rows in another order"}
+
 
 def check_same_run(stored: dict[str, Any], config: RunConfig, where: Path) -> None:
     """Refuse to continue a run whose config would give another result.
@@ -62,7 +64,7 @@ def check_same_inputs(
         if key == "teacher" and key not in stored:
             continue  # saved before teachers were remembered
         if stored.get(key) != now_there:
-            what = "by another teacher" if key == "teacher" else "on other rows"
+            what = _OTHERWISE.get(key, "on other rows")
             raise DataError(
                 f"was trained {what}: {stored.get(key)}, now {now_there}",
                 where=where,

@@ -244,3 +244,52 @@ def test_damaged_shard_stops_the_step_that_meets_it(prepared, tmp_path):
             assert caught.value.where == str(file)
         else:
             loader.microbatches(step)
+
+
+def test_reading_ahead_changes_nothing(streams):
+    plain, ahead = make_loader(streams), make_loader(streams, read_ahead=2)
+    for step in (0, 1, 2, 3, 40, 41, 7):
+        for one, two in zip(plain.microbatches(step), ahead.microbatches(step), strict=True):
+            for field in ("inputs", "targets", "segments", "row_ids", "streams"):
+                assert torch.equal(getattr(one, field), getattr(two, field))
+    ahead.close()
+
+
+@pytest.mark.parametrize("block_rows", [None, 2])
+def test_a_run_goes_on_exactly_on_any_other_number_of_ranks(streams, block_rows):
+    """Killed at any step and gone on with other counts: the rows, and their order, are the same."""
+    given = {"batch_rows": 16, "block_rows": block_rows}
+    expected = [make_loader(streams, **given).row_ids(step).tolist() for step in range(40)]
+    step = 0
+    for num_ranks, steps in ((1, 3), (8, 5), (2, 1), (4, 20), (8, 11)):
+        ranks = [
+            make_loader(streams, rank=rank, num_ranks=num_ranks, read_ahead=rank % 2, **given)
+            for rank in range(num_ranks)
+        ]
+        for _ in range(steps):
+            parts = [rank.microbatches(step) for rank in ranks]
+            batches = [batch for part in parts for batch in part]
+            assert join(batches, "row_ids").tolist() == expected[step]
+            offset = len(streams[0][0])
+            streams_of = [int(row >= offset) for row in expected[step]]
+            assert join(batches, "streams").tolist() == streams_of
+            step += 1
+        for rank in ranks:
+            rank.close()
+    assert step == 40
+
+
+def test_ranks_read_shards_of_their_own(prepared):
+    """With batches of 64 rows each of 4 ranks reads one quarter of the rows, but for the borders
+    of epochs, where a batch holds the end of one and the beginning of the next."""
+    rows = Rows.open(prepared.train)
+    steps = len(rows) // 64
+    for rank in range(4):
+        loader = make_loader(
+            [(rows, 1.0)], batch_rows=64, micro_batch_rows=16, rank=rank, num_ranks=4
+        )
+        read = np.concatenate(
+            [join(loader.microbatches(step), "row_ids").numpy() for step in range(steps)]
+        )
+        assert np.all((read >= rank * len(rows) // 4 - 1) & (read <= (rank + 1) * len(rows) // 4))
+        assert len(np.unique(read)) == len(read)

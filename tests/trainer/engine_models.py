@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from shoal.configs.schema import ModelConfig, MoEConfig, OptimConfig, TrainConfig
 from shoal.data_pipeline.batch import IGNORE, PADDING_ROW, Batch
 from shoal.data_pipeline.loader import Loader
+from shoal.data_pipeline.packing import RowBatch
 from shoal.kernels.backend import Kernels
 from shoal.trainer.engine import Engine
 from shoal.trainer.model import Transformer
@@ -187,6 +188,8 @@ class Source:
 class TokenRows:
     """Shards as a loader sees them, made up: every token determines most of the next one."""
 
+    is_remote = False
+
     def __init__(self, count: int) -> None:
         facts = {"rows": count, "context": CONTEXT, "eot_id": 0, "tokenizer_fingerprint": "none"}
         self.manifest = SimpleNamespace(**facts)
@@ -197,8 +200,10 @@ class TokenRows:
     def __len__(self) -> int:
         return len(self._tokens)
 
-    def gather(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self._tokens[numbers], np.zeros((len(numbers), CONTEXT), dtype=np.int32)
+    def gather(self, numbers: np.ndarray) -> RowBatch:
+        tokens = self._tokens[numbers]
+        segments = np.zeros((len(numbers), CONTEXT), dtype=np.int32)
+        return RowBatch(tokens, segments, tokens[:, 1:])
 
 
 class LoaderSource(Source):

@@ -384,3 +384,19 @@ def test_validation_leaves_training_as_it_was(whole, tmp_path):
     folder = tmp_path / "run"
     run(folder, kind="dropout", validation=validation, validate_every=1)
     assert curve(folder) == curve(whole("dropout")[0])
+
+
+def test_several_validation_splits_are_scored_together_and_each_alone(tmp_path):
+    folder = tmp_path / "run"
+    first, second = (engine_ranks.microbatches(step, 0, 1) for step in (100, 101))
+    general = Validation(first, 300, "general", more=(Validation(second, 100, "law"),))
+    run(folder, validation=general)
+    (record,) = (r for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == "validation")
+    sums = [spell_out_validation(folder, "dense", batches) for batches in (first, second)]
+    nats, count = (sum(column) for column in zip(*sums, strict=True))
+    assert record["loss"] == pytest.approx(nats / count, rel=1e-6)
+    assert record["bits_per_byte"] == pytest.approx(nats / math.log(2) / 400, rel=1e-6)
+    expected = {
+        name: part / tokens for name, (part, tokens) in zip(("general", "law"), sums, strict=True)
+    }
+    assert record["streams"] == pytest.approx(expected, rel=1e-6)

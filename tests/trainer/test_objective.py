@@ -202,3 +202,25 @@ def test_every_parameter_gets_a_gradient():
         for name, value in gradients(objective, loss).items():
             assert value.any(), (kind, name)
     assert isinstance(objective, nn.Module)
+
+
+@pytest.mark.parametrize("moe", [None, MoEConfig(num_experts=4, hidden=16)])
+def test_losses_of_streams_are_told_apart(moe):
+    objective = Objective(make_model(3, moe), num_streams=3)
+    inputs, targets, segments = make_rows(5)
+    targets[4] = IGNORE  # a padded row
+    streams = torch.tensor([2, 0, 0, 2, -1])
+    _, vector = objective(inputs, targets, segments, streams)
+    sums = LossSums.from_vector(vector, 3)
+    assert len(sums.expert_load) == (4 if moe else 0)
+    for number in range(3):
+        rows = streams == number
+        nats, tokens = sums.streams[number]
+        assert tokens == int((targets[rows] != IGNORE).sum())
+        logits = objective.model.logits(inputs, segments)[rows]
+        expected = F.cross_entropy(logits.flatten(0, 1), targets[rows].flatten(), reduction="sum",
+                                   ignore_index=IGNORE) if tokens else torch.zeros(())  # fmt: skip
+        assert nats == pytest.approx(expected.item(), rel=1e-5)
+    assert sum(nats for nats, _ in sums.streams) == pytest.approx(sums.cross_entropy, rel=1e-6)
+    _, plain = Objective(objective.model)(inputs, targets, segments, streams)
+    assert torch.equal(plain, vector[: len(plain)]) and len(vector) == len(plain) + 6
