@@ -97,8 +97,9 @@ class ListRemovals:
     """
 
     clean: CleanPieces
-    masks: tuple[Path, ...]
-    """Of the pieces: which documents stay. Their removals lie beside them, as .jsonl."""
+    listing: Path
+    """The pieces as cleaned. Beside the file that tells which documents stay lies a .jsonl of those
+    that do not."""
     folder: Path
     name: str = "list removals"
 
@@ -121,11 +122,12 @@ class ListRemovals:
         reasons = Counter(facts["reasons"])
         first = _read_lines(self.clean.file(task, ".removed.jsonl"))
         places = list(facts["places"])
-        if self.masks:
+        keep = load_pieces(self.listing)[task].keep
+        if keep is not None:
             count = facts["documents"] + len(places)
             left = np.setdiff1d(np.arange(count), np.asarray(places, dtype=np.int64))
-            places += left[~np.load(self.masks[task])].tolist()
-            second = _read_lines(self.masks[task].with_suffix(".jsonl"))
+            places += left[~np.load(keep)].tolist()
+            second = _read_lines(keep.with_suffix(".jsonl"))
             reasons.update(json.loads(line)["reason"] for line in second)
             first += second
         lines = [line for _, line in sorted(zip(places, first, strict=True))]
@@ -173,10 +175,11 @@ def clean_reading(
         keys = [clean.file(task, ".keys.npy") for task in range(clean.tasks)]
         (work / "duplicates").mkdir(exist_ok=True)
         masks = find_duplicates(files, keys, config, work / "duplicates", run)
-    listed = ListRemovals(clean, tuple(masks), work / "removed")
+    pieces = list(_list_cleaned(clean, masks, reading.pieces))
+    save_pieces(work / "cleaned.json", pieces)
+    listed = ListRemovals(clean, work / "cleaned.json", work / "removed")
     listed.folder.mkdir(exist_ok=True)
     run(listed)
-    pieces = list(_list_cleaned(clean, masks, reading.pieces))
     removals = _collect(listed, reading.pieces)
     for split, done in removals.items():
         _check_left(split, done)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from shoal.data_pipeline.ngrams import (
     Words,
     find_known,
     find_words,
+    find_words_of_each,
     hash_ngrams,
     make_vocabulary,
     number_words,
@@ -200,11 +200,10 @@ class Matcher:
         new = self._lexicon.words[self._known :]
         if not new:
             return
-        parts = [find_words(word) for word in new]
-        counts = np.fromiter(map(len, parts), np.int64, len(parts))
+        words, counts = find_words_of_each(new)
         self._firsts.extend(np.cumsum(counts) - counts + len(self._numbers.values))
         self._counts.extend(counts)
-        self._numbers.extend(self.index.number(list(chain.from_iterable(parts))))
+        self._numbers.extend(self.index.number(words))
         self._known += len(new)
 
 

@@ -221,7 +221,7 @@ class WriteMasks:
         by_piece: dict[int, list[int]] = {}
         for document in sorted(set(documents)):
             by_piece.setdefault(self.plan.find_piece(document), []).append(document)
-        names = {}
+        names: dict[int, str] = {}
         for piece, members in by_piece.items():
             first, _ = self.plan.span(piece)
             labels = read_labels(self.plan.pieces[piece], [member - first for member in members])

@@ -17,6 +17,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import lru_cache
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -73,15 +75,26 @@ class _LocalRun:
     def __call__(self, stage: Stage) -> None:
         todo = _list_todo(stage)
         tell = _Teller(stage, todo, self.progress)
-        # A worker takes seconds to start: not for a single task.
-        workers = self.pool if len(todo) > 1 else Pool(1)
-        for task in workers.map(_run_task, ((stage, task) for task in todo)):
+        if self.pool.processes == 1 or len(todo) == 1:  # a worker takes seconds to start
+            for task in todo:
+                stage.run(task)
+                tell(task)
+            return
+        packed = bytes(ForkingPickler.dumps(stage))
+        for task in self.pool.map(_run_task, ((packed, task) for task in todo)):
             tell(task)
 
 
-def _run_task(stage: Stage, task: int) -> int:
-    stage.run(task)
+def _run_task(packed: bytes, task: int) -> int:
+    """Do a task in a worker; the stage may be a list of many files, so it is unpacked once."""
+    _unpack_stage(packed).run(task)
     return task
+
+
+@lru_cache(maxsize=1)
+def _unpack_stage(packed: bytes) -> Stage:
+    stage: Stage = ForkingPickler.loads(packed)
+    return stage
 
 
 def _list_todo(stage: Stage) -> list[int]:
@@ -150,9 +163,11 @@ def _describe(error: BaseException) -> dict[str, Any]:
     return {"kind": "PreflightError", "cause": cause, "where": None, "fix": None}
 
 
-Submit = Callable[[ClusterTask, Callable[[], None]], None]
-"""Has the tasks done and returns when nothing runs any more; calls its second argument meanwhile
-now and then."""
+Look = Callable[[], bool]
+"""Tells progress; returns whether tasks are left."""
+
+Submit = Callable[[ClusterTask, Look], None]
+"""Has the tasks done and returns when none are left or nothing runs any more."""
 
 
 @dataclass(frozen=True)
@@ -173,18 +188,18 @@ class _ClusterRun:
         logs.mkdir(parents=True)
         tell, left = _Teller(stage, todo, self.progress), list(todo)
 
-        def look() -> None:
-            for task in [task for task in left if stage.is_done(task)]:
-                left.remove(task)
+        def look() -> bool:
+            found = {task for task in left if stage.is_done(task)}
+            left[:] = [task for task in left if task not in found]
+            for task in sorted(found):
                 tell(task)
+            return bool(left)
 
         self.submit(ClusterTask(stage, tuple(todo), logs, Path.cwd()), look)
         # datatrove returns also when tasks failed, by Ray even when all did: their files decide.
         deadline = time.monotonic() + GRACE_SECONDS
-        look()
-        while left and not any(logs.glob("failed-*.json")) and time.monotonic() < deadline:
+        while look() and not any(logs.glob("failed-*.json")) and time.monotonic() < deadline:
             time.sleep(min(1.0, POLL_SECONDS))
-            look()
         if left:
             raise _make_error(stage, todo, left, logs)
 
@@ -253,13 +268,12 @@ class _SlurmSubmission:
 
     config: SlurmConfig
 
-    def __call__(self, task: ClusterTask, look: Callable[[], None]) -> None:
+    def __call__(self, task: ClusterTask, look: Look) -> None:
         executor = self.make_executor(task)
         executor.run()
         try:
-            while _is_queued(executor.job_id):
+            while look() and _is_queued(executor.job_id):
                 time.sleep(POLL_SECONDS)
-                look()
         except BaseException:  # Ctrl-C: nobody would wait for the job any more
             subprocess.run(["scancel", str(executor.job_id)], capture_output=True)
             raise
@@ -334,7 +348,7 @@ def _connect_ray(address: str | None) -> Iterator[None]:
             ray.shutdown()
 
 
-def _run_on_ray(task: ClusterTask, look: Callable[[], None]) -> None:
+def _run_on_ray(task: ClusterTask, look: Look) -> None:
     """Run the tasks of a stage on Ray's cluster."""
     import ray
     from datatrove.executor.ray import RayPipelineExecutor

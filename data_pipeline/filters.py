@@ -79,7 +79,10 @@ class Text:
 class Filter(Protocol):
     """Judges texts by its rules, in their order; one that changes the text says what it took."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What its config section is called; reasons begin with it."""
+        ...
 
     def judge(self, text: Text, changes: Counter[str]) -> Verdict | None:
         """Return why a text with a word at least is to be removed, or None."""

@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     import numpy as np
 
 GROUP_PAIRS = 16
-"""Earlier members of a group that a member is paired with: half of them the group's first, half
-those just before it. A hundred thousand pages of one template give 1.6 million pairs, not 5e9."""
+"""Earlier members that each of a group is paired with; larger groups are thinned out."""
+
+LARGE_GROUP_PAIRS = 4
+"""The same in larger groups: half of them the group's first, half those just before a member. A
+hundred thousand pages of one template then give 400,000 pairs a band, not 5e9."""
 
 DOCUMENT_PAIRS = 16
 """Pairs that a document keeps over all bands, those of the greatest weight."""
@@ -62,7 +65,7 @@ def _spread_starts(same: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def pair_band(keys: np.ndarray[Any, Any], documents: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return the pairs of documents that share a key, at most GROUP_PAIRS a later document.
+    """Return the pairs of documents that share a key, at most GROUP_PAIRS a later one.
 
     Args:
         keys: # (n,) uint64
@@ -84,15 +87,17 @@ def pair_band(keys: np.ndarray[Any, Any], documents: np.ndarray[Any, Any]) -> np
     numbers, starts = documents[order], _spread_starts(same)
     places = np.arange(len(numbers))
     ranks = places - starts
-    weights = np.uint64(_WEIGHT) // np.bincount(starts, minlength=1)[starts].astype(np.uint64)
+    sizes = np.bincount(starts, minlength=1)[starts]
+    weights = np.uint64(_WEIGHT) // sizes.astype(np.uint64)
+    halves = np.where(sizes <= GROUP_PAIRS + 1, GROUP_PAIRS, LARGE_GROUP_PAIRS) // 2
     found = [np.empty((2, 0), np.uint64)]
     for step in range(GROUP_PAIRS // 2):
-        first = ranks > step
-        pairs = _join(numbers[first], numbers[starts[first] + step])
-        found.append(np.stack([pairs, weights[first]]))
-        near = ranks > step + GROUP_PAIRS // 2  # closer ones are among the group's first
-        pairs = _join(numbers[near], numbers[places[near] - step - 1])
-        found.append(np.stack([pairs, weights[near]]))
+        for others, here in (
+            (starts + step, (ranks > step) & (step < halves)),
+            # those just before it, unless they are among the group's first
+            (places - step - 1, (ranks > step + halves) & (step < halves)),
+        ):
+            found.append(np.stack([_join(numbers[here], numbers[others[here]]), weights[here]]))
     both = np.hstack(found)
     return both[:, np.argsort(both[0], kind="stable")]
 
@@ -149,11 +154,18 @@ def _trim(
     import numpy as np
 
     later, earlier = split_pairs(pairs)
-    order = np.lexsort((earlier, -weights.astype(np.int64), later))
-    same = np.zeros(len(order), bool)
-    same[1:] = later[1:] == later[:-1]  # lexsort by later leaves later itself as it is
-    ranks = np.arange(len(order)) - _spread_starts(same)
-    kept = np.sort(order[ranks < DOCUMENT_PAIRS])
+    same = np.zeros(len(pairs), bool)
+    same[1:] = later[1:] == later[:-1]
+    starts = _spread_starts(same)
+    many = np.bincount(starts, minlength=1)[starts] > DOCUMENT_PAIRS
+    of_many = np.flatnonzero(many)
+    if len(of_many) == 0:
+        return pairs, weights
+    order = np.lexsort((earlier[of_many], -weights[of_many].astype(np.int64), later[of_many]))
+    # sorted by the later document first, so that groups stand where they stood
+    ranks = np.arange(len(order)) - _spread_starts(same[of_many])
+    kept = np.concatenate([np.flatnonzero(~many), of_many[order[ranks < DOCUMENT_PAIRS]]])
+    kept.sort()
     return pairs[kept], weights[kept]
 
 

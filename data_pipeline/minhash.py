@@ -210,7 +210,7 @@ def load_keys(file: Path) -> Keys:
 
     try:
         table = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, EOFError, ValueError) as error:
         raise DataError(f"cannot read keys: {error}", where=str(file)) from error
     if table.dtype != np.uint64 or table.ndim != 2 or len(table) < _DIGEST_ROWS:
         raise DataError("not a table of keys", where=str(file))

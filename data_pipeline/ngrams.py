@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, repeat
+from string import punctuation
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
 
 _WORD = re.compile(r"[0-9]+(?:[.,][0-9]+)+|[^\W_]+")
+_WORD_OR_BREAK = re.compile(_WORD.pattern + r"|\n")
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 LETTERED = 1
 """Trait of a word: it has a letter."""
@@ -42,6 +44,22 @@ def find_words(text: str) -> list[str]:
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
     return _WORD.findall(text.lower())
+
+
+def find_words_of_each(texts: list[str]) -> tuple[list[str], np.ndarray]:
+    """Do what `find_words` does for many short texts without blanks, several times as fast.
+
+    Returns:
+        The words of all, one after the other, and how many each text has, int64 (texts,).
+    """
+    import numpy as np
+
+    joined = "".join(text + "\n" for text in texts)
+    if not joined.isascii():
+        joined = unicodedata.normalize("NFKC", joined)
+    found = _WORD_OR_BREAK.findall(joined.lower())
+    breaks = np.flatnonzero(np.fromiter(map("\n".__eq__, found), bool, len(found)))
+    return [word for word in found if word != "\n"], np.diff(breaks, prepend=-1) - 1
 
 
 def hash_ngrams(words: np.ndarray, starts: np.ndarray, size: int, values: np.ndarray) -> np.ndarray:
@@ -161,7 +179,8 @@ class Lexicon(dict[str, int]):
         import numpy as np
 
         self._lengths.extend(np.fromiter(map(len, words), np.int64, len(words)))
-        lettered = np.fromiter(map(str.isalpha, words), bool, len(words))
+        bare = map(str.strip, words, repeat(punctuation))  # decides most of them at once
+        lettered = np.fromiter(map(str.isalpha, bare), bool, len(words))
         spoken = lettered.copy()
         for number in np.flatnonzero(~lettered).tolist():
             word = words[number]

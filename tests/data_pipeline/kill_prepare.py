@@ -95,7 +95,7 @@ def main() -> None:
             break
     output = Path(folder) / "again" / "corpus"
     kills = 0
-    while attempt(output, 15 * kills):
+    while attempt(output, 30 * kills):
         kills += 1
     report(kills=kills, same=same_files(output, Path(reference)))
 

@@ -16,7 +16,7 @@ from shoal.configs.errors import DataError
 from shoal.data_pipeline import decontamination
 from shoal.data_pipeline.decontamination import Index, Matcher
 from shoal.data_pipeline.documents import DroppedLog
-from shoal.data_pipeline.ngrams import Lexicon, find_words, hash_ngrams
+from shoal.data_pipeline.ngrams import Lexicon, find_words, find_words_of_each, hash_ngrams
 from shoal.data_pipeline.sources import read_documents
 
 WORD_PARTS = " \n\u00a0\u2003.,-_'´`09aAΣσİßﬁ²Ⅳ\u0301\u1100\u1161"
@@ -146,6 +146,9 @@ def test_words_of_a_text_are_those_between_its_blanks(text: str) -> None:
     """What `Matcher` relies on, when it takes each word apart once."""
     apart = [word for part in text.split() for word in find_words(part)]
     assert find_words(text) == apart
+    together, counts = find_words_of_each(text.split())
+    assert together == apart
+    assert counts.tolist() == [len(find_words(part)) for part in text.split()]
 
 
 def test_words_are_compared_by_letters_and_digits() -> None:

@@ -118,11 +118,12 @@ def test_interrupted_wait_cancels_the_job(slurm, count, tmp_path, monkeypatch):
     def interrupt(seconds):
         raise KeyboardInterrupt
 
+    (slurm.parent / "bin" / "sbatch").write_text("#!/bin/bash\necho Submitted batch job 5\n")
     (slurm.parent / "bin" / "squeue").write_text("#!/bin/bash\necho PENDING\n")
     monkeypatch.setattr(executors.time, "sleep", interrupt)
     with open_slurm(tmp_path / "logs") as run, pytest.raises(KeyboardInterrupt):
         run(count(tmp_path, 1))
-    assert (slurm.parent / "bin" / "cancelled-0").is_file()
+    assert (slurm.parent / "bin" / "cancelled-5").is_file()
 
 
 def test_many_tasks_share_the_jobs_of_one_array(slurm, count, tmp_path, monkeypatch):

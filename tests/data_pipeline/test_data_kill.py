@@ -96,9 +96,12 @@ def test_killed_with_its_workers(phase, prepared, make_config, start, tree, tmp_
 
 
 @pytest.mark.slow
-def test_three_processes_give_the_same_bytes(prepared, make_config, start, tree, tmp_path):
-    finish(start(make_config(tmp_path / "corpus", processes=3)))
-    assert tree(tmp_path / "corpus") == tree(prepared.output)
+def test_three_processes_give_the_same_bytes(make_config, start, tree, tmp_path):
+    """With every stage there is."""
+    clean = {"filters": None, "decontaminate": None}
+    alone = prepare(make_config(tmp_path / "alone", clean=clean, processes=1))
+    finish(start(make_config(tmp_path / "corpus", clean=clean, processes=3)))
+    assert tree(tmp_path / "corpus") == tree(alone.output)
 
 
 @pytest.mark.slow
