@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from shoal.configs.corpus import ExecutorConfig
-from shoal.configs.schema import Count, Section
+from shoal.configs.section import Count, Section
 
 
 class ClusterCorpus(Section):
@@ -43,7 +43,7 @@ class EmbeddingConfig(Section):
     @model_validator(mode="after")
     def _has_model(self) -> EmbeddingConfig:
         if (self.method == "tfidf") != (self.path is None):
-            raise ValueError("embedding.path goes with the methods sentence_transformers and export")
+            raise ValueError("embedding.path goes with sentence_transformers and export")
         return self
 
 
@@ -64,11 +64,13 @@ class ClusterConfig(Section):
         description="over 1,024 in two levels: about the square root of them, each divided again",
     )
     method: Literal["auto", "lloyd", "minibatch"] = Field(
-        "auto", description="of k-means; auto: lloyd where rows x clusters is below 10 million"
+        "auto",
+        description="of k-means; auto: lloyd where sampled rows x "
+        "clusters (of one level) is below 10 million",
     )
     restarts: Count = Field(3, description="k-means runs; the one with the least inertia is taken")
     sample_rows: Count = Field(
-        131_072, description="generic rows k-means sees; memory grows with this, not with the corpus"
+        131_072, description="generic rows k-means sees; what memory grows with"
     )
     task_rows: Count = Field(65_536, description="rows of one task")
     words: int = Field(8, ge=0, description="that name a cluster in the table")

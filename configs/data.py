@@ -18,6 +18,17 @@ def is_url(where: object) -> bool:
     return isinstance(where, str) and bool(_URL.match(where))
 
 
+class SampleConfig(Section):
+    """Rows drawn, again and again, in the proportions of a domain's clusters."""
+
+    clusters: str = Field(description="folder written by shoal cluster; the stream's path is that "
+                          "of its generic corpus")  # fmt: skip
+    domain: str = Field(description="name of a domain in it")
+    temper: float = Field(
+        1.0, ge=0, description="exponent of the weights; below 1 fewer rows are repeated"
+    )
+
+
 class Stream(Section):
     """Shards, and how much of the training is theirs: by weight, by epochs or by rows."""
 
@@ -31,6 +42,9 @@ class Stream(Section):
     )
     repeat: float | None = Field(None, gt=0, description="epochs of it in the whole run")
     choose: Count | None = Field(None, description="rows of it in the whole run")
+    sample: SampleConfig | None = Field(
+        None, description="importance sampling; None: each row once in every epoch"
+    )
 
     @model_validator(mode="after")
     def _one_measure(self) -> Stream:

@@ -113,14 +113,17 @@ def fit_centroids(vectors: np.ndarray, config: ClusterConfig) -> Centroids:
     with one_thread(), warnings.catch_warnings():
         # Fewer different vectors than clusters: some stay empty, which the manifest counts.
         warnings.filterwarnings("ignore", message="Number of distinct clusters")
+        method = choose_method(config, len(vectors))
         if config.clusters <= FLAT_CLUSTERS:
-            points = _fit_flat(vectors, config.clusters, config, config.seed)
+            points = _fit_flat(vectors, config.clusters, config, config.seed, method)
             everything = np.asarray([0, len(points)], dtype=np.int64)
             return Centroids(points, points.mean(axis=0, keepdims=True), everything)
-        return _fit_two_levels(vectors, config)
+        return _fit_two_levels(vectors, config, method)
 
 
-def _fit_flat(vectors: np.ndarray, count: int, config: ClusterConfig, seed: int) -> np.ndarray:
+def _fit_flat(
+    vectors: np.ndarray, count: int, config: ClusterConfig, seed: int, method: str
+) -> np.ndarray:
     """Return the centroids of one k-means.  # (count, dims) float32"""
     from sklearn.cluster import KMeans, MiniBatchKMeans
 
@@ -132,7 +135,7 @@ def _fit_flat(vectors: np.ndarray, count: int, config: ClusterConfig, seed: int)
         "max_iter": _ITERATIONS,
         "random_state": seed % 2**32,
     }
-    if choose_method(config, len(vectors), count) == "lloyd":
+    if method == "lloyd":
         model = KMeans(**options, algorithm="lloyd")
     else:
         model = MiniBatchKMeans(**options, batch_size=_BATCH_ROWS)
@@ -140,16 +143,18 @@ def _fit_flat(vectors: np.ndarray, count: int, config: ClusterConfig, seed: int)
     return points.astype(np.float32)
 
 
-def choose_method(config: ClusterConfig, rows: int, clusters: int) -> str:
-    """Return `lloyd` or `minibatch` (Sculley 2010), as asked or by the size of the work."""
+def choose_method(config: ClusterConfig, rows: int) -> str:
+    """Return `lloyd` or `minibatch` (Sculley 2010), as asked or by the distances of one round."""
     if config.method != "auto":
         return config.method
-    return "lloyd" if rows * clusters < _LLOYD_WORK else "minibatch"
+    one_level = config.clusters <= FLAT_CLUSTERS
+    near = config.clusters if one_level else 2 * math.isqrt(config.clusters)
+    return "lloyd" if rows * near < _LLOYD_WORK else "minibatch"
 
 
-def _fit_two_levels(vectors: np.ndarray, config: ClusterConfig) -> Centroids:
+def _fit_two_levels(vectors: np.ndarray, config: ClusterConfig, method: str) -> Centroids:
     """Divide the vectors into groups, and each into clusters by how many vectors it has."""
-    coarse = _fit_flat(vectors, math.isqrt(config.clusters), config, config.seed)
+    coarse = _fit_flat(vectors, math.isqrt(config.clusters), config, config.seed, method)
     groups = _nearest(vectors, coarse)
     sizes = np.bincount(groups, minlength=len(coarse))
     coarse, sizes, groups = _drop_empty(coarse, sizes, groups)
@@ -159,7 +164,7 @@ def _fit_two_levels(vectors: np.ndarray, config: ClusterConfig) -> Centroids:
     for group, count in enumerate(counts):
         inside = vectors[groups == group]
         points[starts[group] : starts[group + 1]] = _fit_flat(
-            inside, int(count), config, config.seed + 1 + group
+            inside, int(count), config, config.seed + 1 + group, method
         )
     return Centroids(points, coarse, starts)
 

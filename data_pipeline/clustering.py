@@ -6,7 +6,7 @@ Everything is done in a folder aside, of which each finished piece is kept over 
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from shoal.data_pipeline.embedding import (
 from shoal.data_pipeline.executors import open_executor
 from shoal.data_pipeline.keywords import name_clusters
 from shoal.data_pipeline.manifest import MANIFEST
+from shoal.data_pipeline.order import ORDER_VERSION
 from shoal.data_pipeline.publishing import hold_lock, name_output, remove_stale, sync_folder
 from shoal.data_pipeline.row_texts import open_rows, sample_rows
 from shoal.data_pipeline.sampling import entropy_bits, total_variation
@@ -85,16 +86,18 @@ def make_clusters(
     if model is None and config.embedding.path is not None:
         model = _open_model(config)
     key = find_key(config, model)
+    built = False
     if not _is_done(config, output, key):
         output.parent.mkdir(parents=True, exist_ok=True)
         with hold_lock(output, report), name_output(output):
-            if not _is_done(config, output, key):
+            built = not _is_done(config, output, key)
+            if built:
                 work = output.absolute().parent / f".partial-{output.name}-{key[:16]}"
                 remove_stale(output, work)
                 work.mkdir(exist_ok=True)
                 _Making(config, key, model, work, report).run()
                 _publish(work, output)
-    return load_clusters(output)
+    return replace(load_clusters(output), built=built)
 
 
 def _open_model(config: ClusterConfig) -> Model:
@@ -109,7 +112,7 @@ def find_key(config: ClusterConfig, model: Model | None) -> str:
     """Return the hash of what determines the clusters: shards by their content, not their place."""
     return hash_tree(
         {
-            "version": _VERSION,
+            "version": [_VERSION, ORDER_VERSION],
             "config": _settled(config),
             "corpora": [open_rows(c.path).manifest.shards_hash for c in config.corpora],
             "tokenizers": [
@@ -250,7 +253,7 @@ class _Making:
             clusters=self.config.clusters,
             dimensions=Centroids.load(self.work).points.shape[1],
             sampled_rows=sampled,
-            method=choose_method(self.config, sampled, self.config.clusters),
+            method=choose_method(self.config, sampled),
             inertia=inertia,
             empty_clusters=int(np.count_nonzero(sum(counts for *_, counts in corpora) == 0)),
             corpora=tuple(_describe_corpus(c, counts, generic) for c, _, counts in corpora),

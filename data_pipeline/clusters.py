@@ -16,6 +16,9 @@ from shoal.data_pipeline.centroids import Centroids
 from shoal.data_pipeline.manifest import MANIFEST, hash_file
 from shoal.data_pipeline.sampling import SampledOrder, SampleFacts, describe_sample, make_target
 
+LEDGER = "ledger.jsonl"
+"""What the clusters cost; written beside them by the launcher, and no part of them."""
+
 EMBEDDER = "embedder"
 """The folder of a fitted embedder, within that of the clusters."""
 
@@ -65,7 +68,7 @@ class ClustersManifest(_Facts):
     corpora: tuple[CorpusFacts, ...]
     """The generic one, then the domains."""
     words: dict[int, tuple[str, ...]]
-    """That are frequent in a cluster and rare elsewhere, for the largest clusters of each corpus."""
+    """Frequent in a cluster and rare elsewhere, for the largest clusters of each corpus."""
     versions: dict[str, str]
     files: dict[str, str]
     """SHA-256 of every other file of the folder."""
@@ -99,7 +102,7 @@ def list_files(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file of a folder of clusters but its manifest."""
     files = sorted(f for f in folder.rglob("*") if f.is_file() and not f.name.startswith("."))
     names = {str(file.relative_to(folder)): file for file in files}
-    return {name: hash_file(file) for name, file in names.items() if name != MANIFEST}
+    return {name: hash_file(file) for name, file in names.items() if name not in (MANIFEST, LEDGER)}
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,8 @@ class Clusters:
 
     folder: Path
     manifest: ClustersManifest
+    built: bool = False
+    """Whether this call made it; False: it was there."""
 
     @property
     def generic(self) -> CorpusFacts:
@@ -159,14 +164,22 @@ class Clusters:
             ConfigError: no such domain, or nothing to draw from.
             DataError: the shards are not the clustered ones.
         """
+        self.check_shards(shards_hash)
+        target = make_target(self.histogram(self.generic.name), self.histogram(domain), temper)
+        return SampledOrder(self.assignments(self.generic.name), target, key)
+
+    def check_shards(self, shards_hash: str) -> None:
+        """Check that a stream reads the rows that were clustered.
+
+        Raises:
+            DataError: they are others.
+        """
         if shards_hash != self.generic.shards_hash:
             raise DataError(
                 "the clusters are of other shards than the stream reads",
                 where=self.folder,
                 fix=f"sample from the shards of {self.generic.name!r}, or make the clusters again",
             )
-        target = make_target(self.histogram(self.generic.name), self.histogram(domain), temper)
-        return SampledOrder(self.assignments(self.generic.name), target, key)
 
     def describe(self, domain: str, draws: int, temper: float = 1.0) -> SampleFacts:
         """Return what so many rows drawn for a domain would be like."""

@@ -46,27 +46,41 @@ def rank_words(inside: Counter[str], rows: int, outside: Counter[str], others: i
 def name_clusters(
     corpora: Sequence[tuple[str, np.ndarray, np.ndarray]], words: int, seed: int
 ) -> dict[int, tuple[str, ...]]:
-    """Return words for the largest clusters of each corpus.
+    """Return words for the largest clusters of each corpus, from rows of all corpora in it.
 
     Args:
-        corpora: Path of the shards, cluster of every row (rows,), rows of each cluster (k,); the
-            first is the one that others are compared with.
+        corpora: Path of the shards, cluster of every row (rows,), rows of each cluster (k,).
         words: That name a cluster.
-        seed: Of the rows that stand for the corpus.
+        seed: Of the rows that stand for everything else.
     """
     if not words:
         return {}
-    background = sample_rows(corpora[0][0], _BACKGROUND_ROWS, seed)
-    outside = count_rows_with(read_row_texts(corpora[0][0], background))
-    named: dict[int, tuple[str, ...]] = {}
-    for path, assignments, histogram in corpora:
+    outside: Counter[str] = Counter()
+    others = 0
+    for path, _, _ in corpora:
+        background = sample_rows(path, _BACKGROUND_ROWS, seed)
+        outside += count_rows_with(read_row_texts(path, background))
+        others += len(background)
+    shown: set[int] = set()
+    for _, _, histogram in corpora:
         largest = np.argsort(-histogram, kind="stable")[:SHOWN_CLUSTERS]
-        for cluster in largest[histogram[largest] > 0].tolist():
-            if cluster not in named:
-                members = np.flatnonzero(assignments == cluster)
-                evenly = np.linspace(0, len(members) - 1, min(_CLUSTER_ROWS, len(members)))
-                chosen = members[evenly.round().astype(np.int64)]
-                inside = count_rows_with(read_row_texts(path, chosen))
-                ranked = rank_words(inside, len(chosen), outside, len(background))
-                named[cluster] = tuple(ranked[:words])
+        shown.update(largest[histogram[largest] > 0].tolist())
+    named: dict[int, tuple[str, ...]] = {}
+    for cluster in sorted(shown):
+        texts = _read_members(corpora, cluster)
+        ranked = rank_words(count_rows_with(texts), len(texts), outside, others)
+        named[cluster] = tuple(ranked[:words])
     return named
+
+
+def _read_members(corpora: Sequence[tuple[str, np.ndarray, np.ndarray]], cluster: int) -> list[str]:
+    """Return texts of a cluster, each corpus by its part in it, evenly over its rows."""
+    members = [np.flatnonzero(assignments == cluster) for _, assignments, _ in corpora]
+    edges = np.cumsum([0, *map(len, members)])
+    total = int(edges[-1])
+    chosen = np.linspace(0, total - 1, min(_CLUSTER_ROWS, total)).round().astype(np.int64)
+    texts: list[str] = []
+    for number, (path, _, _) in enumerate(corpora):
+        here = chosen[(chosen >= edges[number]) & (chosen < edges[number + 1])] - edges[number]
+        texts += read_row_texts(path, members[number][here])
+    return texts

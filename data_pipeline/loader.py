@@ -6,7 +6,7 @@ of its stream put there, whatever the number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from shoal.data_pipeline.mixture import Mixture
 from shoal.data_pipeline.order import RowOrder
 from shoal.data_pipeline.packing import RowBatch
 from shoal.data_pipeline.rows import Rows, bring_together, check_alike
+from shoal.data_pipeline.sampling import SampledOrder
 
 _PLAN_ROWS = 4096
 """Rows whose order is worked out at one time: alone, a batch would take several times as long."""
@@ -42,6 +43,7 @@ class Loader:
         mixture: Instead of the weights.
         block_rows: Rows of a partition that are shuffled with each other; None: all.
         read_ahead: Steps that a thread prepares beyond the one asked for.
+        orders: By number, streams that are resampled instead of read in epochs.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Loader:
         mixture: Mixture | None = None,
         block_rows: int | None = None,
         read_ahead: int = 0,
+        orders: Mapping[int, SampledOrder] | None = None,
     ) -> None:
         if not streams:
             raise ConfigError("there is nothing to read", where="data.train")
@@ -72,8 +75,9 @@ class Loader:
         self.mixture = mixture or Mixture([weight for _, weight in streams])
         sizes = np.asarray([len(rows) for rows in self.streams], dtype=np.int64)
         self._offsets = np.cumsum(sizes) - sizes
-        self._orders = [
-            RowOrder(len(rows), (seed, number), block_rows)
+        sampled = orders or {}
+        self._orders: list[RowOrder | SampledOrder] = [
+            sampled.get(number) or RowOrder(len(rows), (seed, number), block_rows)
             for number, rows in enumerate(self.streams)
         ]
         self._plan_steps = max(1, _PLAN_ROWS // batch_rows)

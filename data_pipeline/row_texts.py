@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import types
 from functools import lru_cache
 
 import numpy as np
 
 from shoal.configs.errors import ConfigError
-from shoal.data_pipeline.batch import IGNORE
-from shoal.data_pipeline.mixture import permute
-from shoal.data_pipeline.packing import find_targets
+from shoal.data_pipeline.order import permute
+from shoal.data_pipeline.packing import IGNORE
 from shoal.data_pipeline.rows import Rows
 from shoal.data_pipeline.tokenizer import Tokenizer
 
@@ -37,21 +35,20 @@ def read_row_texts(path: str, numbers: np.ndarray) -> list[str]:
         DataError: a shard is missing or corrupt; names it.
     """
     rows, tokenizer = open_rows(path), _open_tokenizer(path)
-    tokens, _ = rows.gather(numbers)
-    targets = find_targets(tokens, rows.manifest.eot_id)
-    batch = types.SimpleNamespace(tokens=tokens, targets=targets)
+    batch = rows.gather(numbers)
     lengths = (batch.targets != IGNORE).sum(axis=1) + 1
     texts = []
     for tokens, length in zip(batch.tokens, lengths, strict=True):
         ids = tokens[:length]
         cuts = np.flatnonzero(ids == rows.manifest.eot_id)
-        parts = (tokenizer.decode(part[part != rows.manifest.eot_id]) for part in np.split(ids, cuts))
+        eot = rows.manifest.eot_id
+        parts = (tokenizer.decode(part[part != eot]) for part in np.split(ids, cuts))
         texts.append("\n".join(part for part in parts if part))
     return texts
 
 
 def sample_rows(path: str, count: int, seed: int) -> np.ndarray:
-    """Return the numbers of a fixed sample of rows, ascending; more hold all of fewer.  # (n,) int64
+    """Return a fixed sample of rows, ascending; a larger one holds all of it.  # (n,) int64
 
     Raises:
         ConfigError: there are no rows.

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from shoal.configs.errors import ConfigError
-from shoal.data_pipeline.mixture import scramble
+from shoal.data_pipeline.order import PARTITIONS, scramble
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _KEYS = 4
-_STRETCHES = 64
 
 
 def make_target(generic: np.ndarray, domain: np.ndarray, temper: float = 1.0) -> np.ndarray:
@@ -61,7 +60,9 @@ class SampledOrder:
         key: Seed and stream.
     """
 
-    def __init__(self, clusters: np.ndarray, target: np.ndarray, key: tuple[int | str, ...]) -> None:
+    def __init__(
+        self, clusters: np.ndarray, target: np.ndarray, key: tuple[int | str, ...]
+    ) -> None:
         counts = np.bincount(clusters, minlength=len(target))
         if len(counts) > len(target) or np.any((target > 0) & (counts == 0)):
             raise ConfigError("the target names clusters that have no row", where="sample")
@@ -95,10 +96,10 @@ class SampledOrder:
             positions: (n,) int64, at least 0.
 
         Returns:
-            Row numbers, (n,) int64; numbers of stretches, (n,) int64, below 64.
+            Row numbers, (n,) int64; numbers of stretches, (n,) int64, below PARTITIONS.
         """
         rows = self.rows(positions)
-        return rows, rows * _STRETCHES // self.size
+        return rows, rows * PARTITIONS // self.size
 
 
 def _make_keys(*key: int | str) -> tuple[np.uint64, ...]:
@@ -123,7 +124,7 @@ class SampleFacts:
     draws: int
     """Rows drawn, to which the following facts belong."""
     effective_rows: float
-    """Generic rows that would, weighted alike, estimate as well: (sum w)^2 / sum w^2 (Kish 1965)."""
+    """Generic rows that would, weighted alike, estimate as well: (sum w)^2 / sum w^2 (Kish)."""
     distinct_rows: float
     """Different rows among the draws."""
     most_repeats: float

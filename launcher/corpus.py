@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,11 @@ from shoal.configs.schema import RunConfig
 from shoal.launcher.runs import run_folder
 
 if TYPE_CHECKING:
+    from shoal.data_pipeline.clusters import Clusters
     from shoal.data_pipeline.manifest import Manifest
     from shoal.data_pipeline.mixture import Mixture
     from shoal.data_pipeline.rows import Rows
+    from shoal.data_pipeline.sampling import SampledOrder
     from shoal.data_pipeline.shards import Prepared
     from shoal.launcher.tables import Progress
     from shoal.launcher.world import World
@@ -31,6 +34,8 @@ class Corpus:
     train: list[tuple[Rows, float]]
     validations: dict[str, Rows]
     data: DataConfig
+    clusters: dict[int, Clusters] = field(default_factory=dict)
+    """Of the streams that are resampled, by number."""
 
     @property
     def manifest(self) -> Manifest:
@@ -55,9 +60,29 @@ class Corpus:
                 [change.from_tokens, {str(numbers[k]): w for k, w in change.weights.items()}]
                 for change in self.data.schedule
             ]
+        if self.clusters:
+            order["sampled"] = {
+                str(number): [clusters.manifest.clusters_hash, sample.domain, sample.temper]
+                for number, clusters in self.clusters.items()
+                if (sample := self.data.train[number].sample)
+            }
         streams = zip(self.train, self.data.train, strict=True)
         measured = [[rows.manifest.shards_hash, stream.measure] for (rows, _), stream in streams]
         return {"streams": measured, "order": order}
+
+    def orders(self, seed: int) -> dict[int, SampledOrder]:
+        """Return the orders of the streams that are resampled, by number."""
+        orders = {}
+        for number, clusters in self.clusters.items():
+            sample = self.data.train[number].sample
+            assert sample is not None  # or it would have no clusters
+            orders[number] = clusters.order(
+                sample.domain,
+                (seed, number),
+                shards_hash=self.train[number][0].manifest.shards_hash,
+                temper=sample.temper,
+            )
+        return orders
 
     def mixture(self, config: RunConfig) -> Mixture:
         """Return which stream is read where in the run.
@@ -150,4 +175,22 @@ def open_corpus(config: RunConfig) -> Corpus:
     validations = {name: Rows.open(path, cache) for name, path in data.validations.items()}
     check_alike([*(rows for rows, _ in streams), *validations.values()])
     check_context(streams[0][0].manifest, config.model.context)
-    return Corpus(streams, validations, data)
+    return Corpus(streams, validations, data, open_clusters(data, [rows for rows, _ in streams]))
+
+
+def open_clusters(data: DataConfig, streams: Sequence[Rows]) -> dict[int, Clusters]:
+    """Open the clusters of the streams that are resampled, by number of the stream.
+
+    Raises:
+        DataError: clusters missing or altered, or of other shards than the stream reads.
+        ConfigError: there is no such domain.
+    """
+    from shoal.data_pipeline.clusters import load_clusters
+
+    opened = {}
+    for number, (stream, rows) in enumerate(zip(data.train, streams, strict=True)):
+        if stream.sample:
+            opened[number] = load_clusters(stream.sample.clusters)
+            opened[number].facts(stream.sample.domain)
+            opened[number].check_shards(rows.manifest.shards_hash)
+    return opened

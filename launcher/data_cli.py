@@ -1,4 +1,4 @@
-"""The `shoal` commands on corpora: prepare one, and forecast it."""
+"""The `shoal` commands on corpora: prepare one, cluster several, forecast."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ from typing import Annotated, Literal
 
 import typer
 
+from shoal.launcher.clusters_cli import cluster
+
 data_app = typer.Typer()
 """Its commands stand beside the others, without a name before them."""
+
+data_app.command(rich_help_panel="Do")(cluster)
 
 Precision = Literal["fp32", "bf16", "int8", "int4"]
 Config = Annotated[

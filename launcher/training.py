@@ -229,6 +229,7 @@ def _build_loader(config: RunConfig, corpus: Corpus, world: World) -> Loader:
         mixture=corpus.mixture(config),
         block_rows=config.data.shuffle_block_rows,
         read_ahead=config.data.read_ahead_steps,
+        orders=corpus.orders(config.seed),
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from shoal.configs.clusters import ClusterConfig
 from shoal.configs.corpus import PrepareConfig
 from shoal.configs.errors import (
     ConfigError,
@@ -54,6 +55,8 @@ def kind_of(name: str) -> type:
         return StudyConfig
     if name.startswith("tasks"):
         return TasksConfig
+    if name.startswith("clusters"):
+        return ClusterConfig
     return PrepareConfig if name.startswith("corpus") else RunConfig
 
 

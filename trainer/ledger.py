@@ -24,7 +24,7 @@ class LedgerEntry(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["prepare", "tune", "train", "export"]
+    kind: Literal["prepare", "cluster", "tune", "train", "export"]
     stage: str
     scope: Scope = "specialization"
     started: str

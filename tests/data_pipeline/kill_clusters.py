@@ -18,11 +18,11 @@ from topics import make_config
 
 from shoal.data_pipeline.clustering import make_clusters
 
-STRIDE = 3
+STRIDE = 4
 
 
 def main() -> None:
-    """Kill before renaming 0, 3, 6, ... until one is never reached, and finish each."""
+    """Kill before renaming 0, 4, 8, ... until one is never reached, and finish each."""
     corpora, folder = map(Path, sys.argv[1:])
     make_clusters(make_config(corpora, folder / "whole" / "out"))  # imports what the children need
     for moment in count(0, STRIDE):

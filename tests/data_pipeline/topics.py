@@ -13,13 +13,14 @@ from shoal.configs.corpus import PrepareConfig
 from shoal.data_pipeline.shards import prepare
 
 TOPICS = 8
+LETTERS = "bdfghjkw"
 _SYLLABLES = ("ka", "lo", "mi", "ne", "pu", "ra", "so", "ti", "vu", "ze")
 
 
 def make_words(topic: int) -> list[str]:
     """Words of a topic, which start with its letter."""
     chooser = random.Random(topic)
-    letter = "bdfghjkw"[topic]
+    letter = LETTERS[topic]
     return [letter + "".join(chooser.choices(_SYLLABLES, k=2)) + letter for _ in range(12)]
 
 
@@ -71,5 +72,6 @@ def make_config(corpora: Path, output: Path, **changes: object) -> ClusterConfig
 
 def find_topics(texts: list[str]) -> np.ndarray:
     """Return the topic that most words of each text are of.  # (n,) int64"""
-    counts = [[sum(w[0] == letter for w in text.split()) for letter in "bdfghjkw"] for text in texts]
+    words = [text.split() for text in texts]
+    counts = [[sum(w[0] == letter for w in row) for letter in LETTERS] for row in words]
     return np.asarray(counts).argmax(axis=1)
