@@ -197,6 +197,7 @@ def test_rows_as_text(make_config, corpus_file, lines, tmp_path):
         validation_share=0,
         context=64,
         packing={"method": "best_fit"},
+        tokenizer={"vocab_size": 280},
     )
     train = prepare(config).train
     shown = list(describe_rows(train, 0, 9))

@@ -23,7 +23,7 @@ from shoal.data_pipeline.mds import import_streaming, open_mds, row_columns, row
 from shoal.data_pipeline.rows import Rows
 from shoal.data_pipeline.shards import prepare
 from shoal.data_pipeline.tokenizer import Tokenizer
-from shoal.data_pipeline.tokens import Split, encode_chunk
+from shoal.data_pipeline.tokens import Split, chunk_files, save_array
 
 
 def make_rows(count, context, dtype, seed=0):
@@ -75,8 +75,11 @@ def plan(prepared, make_config, tmp_path):
     tokenizer = Tokenizer.load(prepared.tokenizer)
     texts = [f"the cell fires {number} times when light falls" for number in range(200)]
     split = Split("train", chunks=[tmp_path / "a", tmp_path / "b"])
-    encode_chunk(prepared.tokenizer, texts[:120], split.chunks[0])
-    encode_chunk(prepared.tokenizer, texts[120:], split.chunks[1])
+    for chunk, some in zip(split.chunks, (texts[:120], texts[120:]), strict=True):
+        encoded = tokenizer.encode_batch(some)
+        lengths_file, tokens_file = chunk_files(chunk)
+        save_array(lengths_file, np.asarray([len(ids) for ids in encoded], dtype=np.int64))
+        save_array(tokens_file, np.concatenate(encoded).astype(np.uint16))
     return plan_split(make_config(tmp_path / "c"), split, tokenizer, tmp_path / "plan")
 
 
@@ -89,7 +92,9 @@ def list_written(plan: ShardPlan):
 
 
 def test_stage_writes_shards_in_any_order(plan):
-    stage = pickle.loads(pickle.dumps(WriteShards(plan)))  # as it goes to another process
+    stage = pickle.loads(
+        pickle.dumps(WriteShards(plan, "write shards"))
+    )  # as it goes to another process
     assert stage.tasks == plan.shards == 2
     assert stage.name == "write shards"
     assert not any(stage.is_done(task) for task in range(stage.tasks))
@@ -111,12 +116,12 @@ def test_shard_killed_half_way_is_written_anew(plan, monkeypatch):
     """The index entry says that a shard is done, and is written last."""
     monkeypatch.setattr(layouts, "save_entry", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        WriteShards(plan).run(1)
+        WriteShards(plan, "write shards").run(1)
     monkeypatch.undo()
-    assert not WriteShards(plan).is_done(1)
+    assert not WriteShards(plan, "write shards").is_done(1)
     broken = plan.folder / "shard.00001.mds"
     broken.write_bytes(broken.read_bytes()[:50])
-    WriteShards(plan).run(1)
+    WriteShards(plan, "write shards").run(1)
     entry = json.loads(plan.part_file(1).read_text())
     assert entry["raw_data"]["hashes"]["sha256"] == hash_file(broken)
 
