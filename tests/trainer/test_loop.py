@@ -11,11 +11,7 @@ import torch.nn.functional as F
 from engine_ranks import CONTEXT, ROWS
 from loop_runs import STEPS, curve, make_case, run, steps_on_disk
 
-from shoal.configs.errors import (
-    ConfigError,
-    DataError,
-    StoppedOnRequest,
-)
+from shoal.configs.errors import ConfigError, DataError, StoppedOnRequest
 from shoal.data_pipeline.batch import IGNORE
 from shoal.kernels.backend import Kernels
 from shoal.trainer import checkpoint
