@@ -21,7 +21,7 @@ BIN := $(VENV)/bin
 UV := .build/uv/bin/uv
 LINKS := .build/links
 ROOMS := configs kernels data_pipeline trainer eval launcher
-BENCHMARKS := data loading cleaning memory speed checkpoints restart
+BENCHMARKS := data packing loading cleaning memory speed checkpoints restart
 # Anything that decides what is installed; a change installs again.
 STAMP := $(VENV)/.installed-$(shell cat setup.cfg pyproject.toml overrides.txt constraints.txt Makefile | cksum | cut -d ' ' -f 1)
 

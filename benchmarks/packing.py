@@ -1,19 +1,15 @@
-"""Rows: what writing them adds to tokenising, and taking them apart to reading."""
+"""Rows: what planning and writing them adds to tokenising."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from benchmarks import samples
 from benchmarks.claims import (
     Claim,
     Target,
-    check_equal,
     make_parser,
     print_claim,
     take_turns,
@@ -21,8 +17,6 @@ from benchmarks.claims import (
 )
 
 CONTEXTS = (2048, 512)
-GATHERED_ROWS = 256
-SECONDS = 0.3
 
 
 def main() -> None:
@@ -37,7 +31,6 @@ def main() -> None:
                 train = _prepare(output, method, context, tokenizer)
                 tokenizer = output / "tokenizer"
                 print_claim(measure_writing(folder, train, method, context, 2 if quick else 5))
-                print_claim(measure_gather(folder, train, 7 if quick else 21))
 
 
 def _prepare(output: Path, method: str, context: int, tokenizer: Path | None) -> Path:
@@ -50,13 +43,17 @@ def _prepare(output: Path, method: str, context: int, tokenizer: Path | None) ->
 
 def measure_writing(folder: Path, train: Path, method: str, context: int, rounds: int) -> Claim:
     """Compare planning and writing the shards with making their tokens, one process each."""
+    import numpy as np
+
     from shoal.data_pipeline.layout import WriteShards, plan_split
     from shoal.data_pipeline.manifest import read_manifest
+    from shoal.data_pipeline.mds import token_type
     from shoal.data_pipeline.tokenizer import Tokenizer
-    from shoal.data_pipeline.tokens import Split, encode_chunk
+    from shoal.data_pipeline.tokens import Split, chunk_files, save_array
 
     beside = train.parent / "tokenizer"
     tokenizer = Tokenizer.load(beside)
+    vocab_size = tokenizer.vocab_size
     config = samples.make_config(train.parent, context, tokenizer=beside)
     packing = config.packing.model_copy(update={"method": method})
     config = config.model_copy(update={"packing": packing})
@@ -67,12 +64,15 @@ def measure_writing(folder: Path, train: Path, method: str, context: int, rounds
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
         for part, chunk in zip(texts, chunks, strict=True):
-            encode_chunk(beside, part, chunk)
+            encoded = tokenizer.encode_batch(part)
+            lengths_file, tokens_file = chunk_files(chunk)
+            save_array(lengths_file, np.asarray([len(ids) for ids in encoded], dtype=np.int64))
+            save_array(tokens_file, np.concatenate(encoded).astype(token_type(vocab_size)))
 
     def write() -> None:
         shutil.rmtree(folder / "plan", ignore_errors=True)
         plan = plan_split(config, Split("train", chunks=chunks), tokenizer, folder / "plan")
-        stage = WriteShards(plan)
+        stage = WriteShards(plan, "write shards")
         for task in range(stage.tasks):
             stage.run(task)
 
@@ -95,39 +95,6 @@ def _cut_texts() -> list[list[str]]:
         for document in read_documents(SourceConfig(path=source), DroppedLog())
     ]
     return [texts[low : low + 500] for low in range(0, len(texts), 500)]
-
-
-def measure_gather(folder: Path, train: Path, rounds: int) -> Claim:
-    """Compare rows, segments and targets included, with a bare gather of their tokens."""
-    import numpy as np
-
-    from shoal.data_pipeline.rows import Rows
-
-    rows = Rows.open(train)
-    flat = folder / "flat.npy"
-    whole = rows.gather(np.arange(len(rows))).tokens
-    np.save(flat, whole.astype(rows.manifest.dtype))
-    matrix = np.load(flat, mmap_mode="r")  # (rows, context + 1)
-    numbers = np.random.default_rng(0).integers(0, len(rows), GATHERED_ROWS)
-    check_equal("tokens of a gather", rows.gather(numbers).tokens, matrix[numbers])
-    turns = take_turns(
-        lambda: _rate(lambda: rows.gather(numbers), numbers.size),
-        lambda: _rate(lambda: matrix[numbers].astype(np.int64), numbers.size),
-        rounds,
-    )
-    packing = rows.manifest.packing.method
-    setup = {"context": rows.manifest.context, "method": packing, "gathered_rows": GATHERED_ROWS}
-    name = f"rows with segments against a bare gather, {packing}, context {rows.manifest.context}"
-    return Claim.from_turns(name, "rows/s", turns, Target(">=", 0.5), setup)
-
-
-def _rate(read: Callable[[], Any], rows: int) -> float:
-    """Return rows/s of a call that reads so many."""
-    calls, start = 0, time.perf_counter()
-    while (seconds := time.perf_counter() - start) < SECONDS:
-        read()
-        calls += 1
-    return rows * calls / seconds
 
 
 if __name__ == "__main__":
