@@ -10,12 +10,15 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from shoal.configs.corpus import CleanConfig
+from shoal.configs.errors import DataError
 from shoal.data_pipeline.decontamination import Index, Matcher
 from shoal.data_pipeline.documents import Document, Removal
+from shoal.data_pipeline.files import stat
 from shoal.data_pipeline.filters import Filter, Text, build_filters
 from shoal.data_pipeline.ngrams import Lexicon
 from shoal.data_pipeline.normalization import Normalizer
 from shoal.data_pipeline.scrubbing import Scrubber
+from shoal.data_pipeline.sources import resolve_path
 
 
 @dataclass
@@ -79,10 +82,24 @@ def _remove(document: Document, reason: str, match: str) -> Removal:
 
 
 def load_cleaner(config: CleanConfig) -> Cleaner:
-    """Return the cleaner of a config, built once a process."""
-    return _load(config.model_dump_json())  # the config cannot be hashed: it holds dicts
+    """Return the cleaner of a config and of its evaluation sets as they are, built once a process.
+
+    Raises:
+        DataError: an evaluation set is missing.
+    """
+    against = () if config.decontaminate is None else config.decontaminate.against
+    stamps = tuple(map(_stamp, against))
+    return _load(config.model_dump_json(), stamps)  # the config cannot be hashed: it holds dicts
+
+
+def _stamp(path: str) -> str:
+    """Return what changes with a file; nothing of a missing one, which building names."""
+    try:
+        return stat(resolve_path(path)).stamp
+    except DataError:
+        return ""
 
 
 @lru_cache(maxsize=1)
-def _load(config: str) -> Cleaner:
+def _load(config: str, stamps: tuple[str, ...]) -> Cleaner:
     return Cleaner.build(CleanConfig.model_validate_json(config))

@@ -19,8 +19,11 @@ _EMAIL = re.compile(
 )
 _PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp")  # logo@2x.png
 
-# A stretch of digits and what parts their groups: only there the patterns below are tried.
-_RUN = re.compile(r"[+(\d][\d()./ \u00a0-]{5,}\d")
+# A stretch of digits and what parts their groups: only there the patterns below are tried. It is
+# taken whole, so that no text of brackets and blanks is gone through again and again.
+_PARTING = "()./ \u00a0-"
+_RUN = re.compile(rf"[+(\d][\d{_PARTING}]{{6,}}+")
+_RUN_DIGITS = 4  # of an IP address
 # Not within a number, a word, a DOI or a path, nor at the head or the tail of a longer number.
 _BEFORE = r"(?<![\w/=#@$])(?<!\d[.,:–-])(?<![^\W\d][.-])"
 _AFTER = r"(?![\w/@=]|[.,:–-]\d|-\w)"
@@ -182,8 +185,11 @@ class Scrubber:
             in_runs += _PHONES
         spans = [(kind, 0, len(text)) for kind in everywhere]
         if in_runs:
-            for run in _RUN.finditer(text):  # the end leaves room to look ahead
-                spans += [(kind, run.start(), run.end() + 3) for kind in in_runs]
+            for run in _RUN.finditer(text):
+                if sum(map(str.isdecimal, run[0])) < _RUN_DIGITS:
+                    continue
+                end = run.start() + len(run[0].rstrip(_PARTING)) + 3  # leaves room to look ahead
+                spans += [(kind, run.start(), end) for kind in in_runs]
         for kind, begin, end in spans:
             for match in kind.pattern.finditer(text, begin, end):
                 if kind.check(match):

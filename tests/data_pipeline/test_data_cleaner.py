@@ -23,6 +23,7 @@ from shoal.configs.corpus import (
     ScrubConfig,
     SourceConfig,
 )
+from shoal.configs.errors import DataError
 from shoal.data_pipeline.cleaner import Cleaner, load_cleaner
 from shoal.data_pipeline.documents import Document, DroppedLog, Removal
 from shoal.data_pipeline.normalization import Normalizer
@@ -134,6 +135,17 @@ def test_a_process_builds_a_cleaner_once(against: DecontaminationConfig) -> None
     config = CleanConfig(decontaminate=against)
     assert load_cleaner(config) is load_cleaner(CleanConfig(decontaminate=against))
     assert load_cleaner(CleanConfig(decontaminate=None)) is not load_cleaner(config)
+
+
+def test_a_changed_evaluation_set_is_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "set.jsonl"
+    config = CleanConfig(filters=None, decontaminate=DecontaminationConfig(against=(str(file),)))
+    for text in (" ".join(f"old{n}" for n in range(20)), " ".join(f"newer{n}" for n in range(20))):
+        file.write_text(json.dumps({"text": text}) + "\n")
+        assert isinstance(load_cleaner(config).clean(document(text)), Removal)
+    file.unlink()
+    with pytest.raises(DataError, match=r"set\.jsonl"):
+        load_cleaner(config)
 
 
 def clean_samples(order: int) -> str:
