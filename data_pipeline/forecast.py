@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from shoal.configs.corpus import PrepareConfig
 from shoal.data_pipeline.probing import Probe
 
-_ONCE = ("start", "train tokenizer: find merges")
-"""Steps that do not scale with the corpus, or not beyond `max_train_bytes`."""
-_ALONE = ("train tokenizer",)
-"""Steps done by one process, by the start of their name."""
-_SCALES_AS_SORTING = "duplicate"
+_ONCE = "start"
+"""What does not grow with the corpus."""
+_ALONE = {_ONCE, "train tokenizer: find merges", "find exact duplicates", "merge candidates",
+          "choose duplicates"}  # fmt: skip
+"""Steps that one process does."""
+_SCALES_AS_SORTING = ("duplicates", "candidates")
+_KEY_BYTES = 272
+"""Of a document, while near duplicates are looked for."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Forecast:
     tokens: int
     rows: int
     shard_bytes: int
-    """Of the training split, as stored."""
+    """As stored, held-out text included."""
     work_bytes: int
     """Most that lies beside the output while it is prepared."""
     stages: tuple[StageTime, ...]
@@ -112,9 +115,13 @@ def forecast_corpus(config: PrepareConfig, probe: Probe, processes: int) -> Fore
     stored = sum(shard.bytes for shard in facts.shards)
     kept, tokens = facts.text_bytes * scale, facts.tokens * scale
     token_bytes = 2 if facts.dtype == "uint16" else 4
+    for name, size in (("hash sources", probe.disk_bytes), ("prove shards", stored * scale)):
+        stages.append(StageTime(name, size / probe.hash_bytes_per_second))
     # Read pieces and cleaned ones are packed to about half; tokens and shards lie beside them.
     text_copies = 1.0 if config.clean else 0.5
     work = text_copies * probe.text_bytes + tokens * token_bytes + stored * scale
+    if config.clean and config.clean.near_duplicates:
+        work += _KEY_BYTES * facts.documents * scale
     return Forecast(
         text_bytes=probe.text_bytes,
         kept_bytes=round(kept),
@@ -128,18 +135,18 @@ def forecast_corpus(config: PrepareConfig, probe: Probe, processes: int) -> Fore
 
 
 def _share(name: str, processes: int) -> int:
-    return 1 if name.startswith(_ALONE) or name in _ONCE else processes
+    return 1 if name in _ALONE else processes
 
 
 def _scale_stage(
     name: str, seconds: float, scale: float, config: PrepareConfig, probe: Probe
 ) -> float:
     """Return the seconds of one step over the whole corpus, in one process."""
-    if name in _ONCE:
+    if name == _ONCE:
         return seconds
-    if name.startswith("train tokenizer"):
+    if name in ("train tokenizer: find merges", "train tokenizer: read text"):
         return seconds * min(scale, config.tokenizer.max_train_bytes / probe.sample_bytes)
-    if _SCALES_AS_SORTING in name and probe.train is not None:
+    if name.endswith(_SCALES_AS_SORTING) and probe.train is not None:
         few = max(2, probe.train.documents)
         return seconds * scale * math.log(few * max(scale, 1)) / math.log(few)
     return seconds * scale

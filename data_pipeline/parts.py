@@ -91,7 +91,7 @@ def _cut_file(file: SourceFile, part_bytes: int) -> Iterator[Stretch]:
     elif file.format == "jsonl":
         yield from _cut_lines(file, part_bytes)
     elif file.format == "parquet":
-        yield from _cut_row_groups(file, part_bytes)
+        yield from cut_row_groups(file, part_bytes)
     else:
         yield Stretch(file)
 
@@ -120,7 +120,7 @@ def _cut_lines(file: SourceFile, part_bytes: int) -> Iterator[Stretch]:
         raise DataError(f"cannot be read: {error}", where=file.path) from None
 
 
-def _cut_row_groups(file: SourceFile, part_bytes: int) -> Iterator[Stretch]:
+def cut_row_groups(file: SourceFile, part_bytes: int) -> Iterator[Stretch]:
     """Cut a file before each row group with which a part would be too large."""
     import pyarrow
 

@@ -5,24 +5,24 @@ What a forecast says of the whole corpus is what preparing this sample came to.
 
 from __future__ import annotations
 
-import gzip
+import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 from shoal.configs.corpus import PrepareConfig, SourceConfig
 from shoal.configs.errors import DataError
 from shoal.data_pipeline.documents import Document, DroppedLog
-from shoal.data_pipeline.formats import find_packing
 from shoal.data_pipeline.manifest import Manifest
-from shoal.data_pipeline.parts import Part, list_parts, read_part
+from shoal.data_pipeline.sources import list_files, read_documents, read_stretches
+from shoal.data_pipeline.windows import choose_windows
 
 SAMPLE_BYTES = 8_000_000
 """Text that is prepared: enough for rates that hold, a matter of seconds."""
-_PARTS = 8
-_WHOLE_PART_BYTES = 4_000_000
+_WINDOWS, _ALL_WINDOWS = 8, 64  # of one source, and of all: each is read whole
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -45,7 +45,8 @@ class Probe:
     sources: list[SourceSize]
     sample_bytes: int
     """Text of the sample before cleaning."""
-    reading_seconds: float
+    hash_bytes_per_second: float = 1e9
+    """Of files, in one process."""
     stages: dict[str, float] = field(default_factory=dict)
     """Seconds by the name that `prepare` gives each step."""
     train: Manifest | None = None
@@ -68,89 +69,94 @@ def probe_corpus(
 ) -> Probe:
     """Prepare a sample of a corpus in `folder`.
 
-    Documents are taken from parts spread evenly over each source, of every source as much as its
-    share of the whole.
+    Documents are taken from windows spread evenly over each source, of every source as much as its
+    share of the text.
 
     Raises:
         DataError: as `prepare` does; also a source whose size is not known before it is read.
     """
-    probe = _write_sample(config, folder / "sample.jsonl", sample_bytes, progress)
-    small = _sample_config(config, folder)
+    sizes, taken = _write_sample(config, folder, sample_bytes, progress)
+    probe = Probe(sizes, taken)
+    probe.hash_bytes_per_second = _time_hashing()
     clock = _StageClock(progress)
-    _prepare_sample(small, clock)
+    _prepare_sample(_sample_config(config, folder), clock)
     probe.stages = clock.close()
     _look_at_rows(probe, folder / "shards" / "train")
     return probe
 
 
 def _write_sample(
-    config: PrepareConfig, file: Path, sample_bytes: int, progress: Progress
-) -> Probe:
-    """Write documents of all sources to one file; note how large the sources are."""
-    listed = [(source, list_parts(source, n)) for n, source in enumerate(config.train)]
-    total = sum(part.bytes for _, parts in listed for part in parts)
+    config: PrepareConfig, folder: Path, sample_bytes: int, progress: Progress
+) -> tuple[list[SourceSize], int]:
+    """Write documents of all sources to folder/sample.jsonl; note how large the sources are."""
+    sources = [*config.train, *config.validation]
+    count = max(1, min(_WINDOWS, _ALL_WINDOWS // len(sources)))
+    sizes, documents = [], []
+    for number, source in enumerate(sources):
+        progress("read a sample", number, len(sources))
+        heads = folder / f"source-{number}"
+        heads.mkdir()
+        size, found = _look_into(source, count, sample_bytes, heads)
+        sizes.append(size)
+        documents.append(found)
+    total = sum(size.text_bytes for size in sizes)
     if not total:
         raise DataError(
             "the size of the corpus is not known before it is read",
-            where=", ".join(source.path for source in config.train),
-            fix="forecasts are for files; save the dataset to disk first",
+            where=", ".join(source.path for source in sources),
+            fix="forecasts are for files that hold text; save a dataset of a hub to disk first",
         )
-    sizes, taken, begun = [], 0, time.perf_counter()
-    with file.open("w", encoding="utf-8") as out:
-        for number, (source, parts) in enumerate(listed):
-            progress("read a sample", number, len(listed))
-            of_source = sum(part.bytes for part in parts)
-            quota = max(1, sample_bytes * of_source // total)
-            size, text = _sample_source(source, parts, quota, out.write)
-            sizes.append(size)
-            taken += text
-    return Probe(sizes, taken, time.perf_counter() - begun)
+    taken = 0
+    with (folder / "sample.jsonl").open("w", encoding="utf-8") as out:
+        for size, found in zip(sizes, documents, strict=True):
+            quota = sample_bytes * size.text_bytes // total
+            for document in found:
+                if quota <= 0:
+                    break
+                text_bytes = len(document.text.encode())
+                quota -= text_bytes
+                taken += text_bytes
+                out.write(_to_line(document))
+    return sizes, taken
 
 
-def _sample_source(
-    source: SourceConfig, parts: list[Part], quota: int, write: Callable[[str], object]
-) -> tuple[SourceSize, int]:
-    """Take about `quota` bytes of text from parts spread evenly over a source; count them."""
-    chosen = [parts[i * len(parts) // _PARTS] for i in range(_PARTS)]
-    chosen = list(dict.fromkeys(chosen))
-    each = -(-quota // len(chosen))
-    text = disk = taken = 0
-    whole = len(chosen) == len(parts)
-    for part in chosen:
-        documents = read_part(source, part, DroppedLog())
-        of_part, ended = 0, True
-        lines: list[str] = []
-        for document in documents:
-            if of_part >= each and part.bytes > _WHOLE_PART_BYTES:
-                ended = False
-                break
-            size = len(document.text.encode())
-            if of_part < each:
-                lines.append(_to_line(document))
-                taken += size
-            of_part += size
-        write("".join(lines))
-        text += of_part
-        disk += part.bytes if ended else _estimate_disk(part, lines)
-        whole = whole and ended
-    of_source = sum(part.bytes for part in parts)
-    expected = round(of_source * text / disk) if disk else 0
+def _look_into(
+    source: SourceConfig, count: int, most: int, folder: Path
+) -> tuple[SourceSize, list[Document]]:
+    """Read windows of a source; return how much text it holds, and documents of them in turn."""
+    files = list_files(source)
+    disk = sum(file.bytes for file in files)
+    if source.format == "datasets":  # its files are tables of plain text, or there are none here
+        found = list(_take(read_documents(source, DroppedLog()), most))
+        return SourceSize(source.path, disk, disk, exact=False), found
+    seen = text = 0
+    windows: list[list[Document]] = []
+    unlimited = source.model_copy(update={"max_bytes": None})
+    for window in choose_windows(files, count, folder):
+        documents = list(read_stretches(unlimited, [window], DroppedLog()))
+        seen += window.bytes
+        text += sum(len(document.text.encode()) for document in documents)
+        windows.append(documents)
+    expected = round(disk * text / seen) if seen else 0
     if source.max_bytes is not None:
         expected = min(expected, source.max_bytes)
-    return SourceSize(source.path, of_source, expected, whole), taken
+    mixed = [d for turn in zip_longest(*windows) for d in turn if d is not None]
+    return SourceSize(source.path, disk, expected, exact=seen == disk), mixed
+
+
+def _take(documents: Iterator[Document], most: int) -> Iterator[Document]:
+    """Yield documents until they have so many bytes."""
+    size = 0
+    for document in documents:
+        yield document
+        size += len(document.text.encode())
+        if size >= most:
+            return
 
 
 def _to_line(document: Document) -> str:
     tree = {"id": document.id, "text": document.text, "domain": document.domain}
     return json.dumps(tree, ensure_ascii=False) + "\n"
-
-
-def _estimate_disk(part: Part, lines: list[str]) -> int:
-    """Return what the documents read take on disk where their part was not read to its end."""
-    data = "".join(lines).encode()
-    files = [stretch.file for stretch in part.stretches]
-    packed = any(find_packing(file.name) or file.format == "parquet" for file in files)
-    return len(gzip.compress(data, 6)) if packed else len(data)
 
 
 def _sample_config(config: PrepareConfig, folder: Path) -> PrepareConfig:
@@ -175,6 +181,14 @@ def _prepare_sample(config: PrepareConfig, clock: _StageClock) -> None:
     import_streaming()  # takes seconds, once: not what a shard takes
     clock.start()
     prepare(config, clock)
+
+
+def _time_hashing() -> float:
+    """Return the bytes per second that are hashed."""
+    block = bytes(16_000_000)
+    begun = time.perf_counter()
+    hashlib.sha256(block)
+    return len(block) / (time.perf_counter() - begun)
 
 
 class _StageClock:

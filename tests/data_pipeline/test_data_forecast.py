@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import random
+
+import pyarrow
+import pyarrow.parquet
 import pytest
 
+from shoal.configs.corpus import SourceConfig
 from shoal.configs.errors import DataError
+from shoal.data_pipeline import probing, windows
 from shoal.data_pipeline.forecast import Feed, Forecast, forecast_corpus, forecast_feed
 from shoal.data_pipeline.manifest import read_manifest
 from shoal.data_pipeline.probing import Probe, probe_corpus
@@ -49,15 +56,55 @@ def test_a_sample_tells_what_the_corpus_comes_to(corpus, tmp_path) -> None:
     assert {"tokenise documents"} <= {stage.name for stage in forecast.stages}
 
 
+def write_table(file, rows):
+    if file.suffix == ".parquet":
+        table = pyarrow.Table.from_pylist(rows)
+        pyarrow.parquet.write_table(table, file, row_group_size=100, compression="none")
+    else:
+        with file.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.csv", "a.parquet", "limited.jsonl"]
+)
+def test_text_is_told_from_what_lies_beside_it(
+    name, corpus, lines, records, tmp_path, monkeypatch
+) -> None:
+    """Fields that are not read, and domains that are not wanted, are most of the file."""
+    monkeypatch.setattr(windows, "WINDOW_BYTES", 100_000)
+    noise = random.Random(0)
+    rows = [
+        record | {"other": noise.randbytes(300).hex()}
+        for number in range(5)
+        for record in records(300, seed=number)
+    ]
+    if name.endswith((".csv", ".parquet")):
+        write_table(tmp_path / name, rows)
+    else:
+        lines(tmp_path / name, rows)
+    real = sum(len(row["text"].encode()) for row in rows if row["domain"] == "bio")
+    limit = real // 3 if name.startswith("limited") else None
+    source = {"path": str(tmp_path / name), "domains": ["bio"], "max_bytes": limit}
+    config = corpus.model_copy(update={"train": (SourceConfig.model_validate(source),)})
+    (tmp_path / "work").mkdir()
+    (size,), taken = probing._write_sample(config, tmp_path / "work", 10**9, silent)
+    assert size.text_bytes == pytest.approx(limit or real, rel=0.15)
+    assert 0 < taken < real
+    assert not size.exact
+
+
 def test_more_processes_take_less_time_but_for_what_one_does_alone(corpus, tmp_path) -> None:
     probe = probe_corpus(corpus, tmp_path, silent, sample_bytes=60_000)
-    probe.stages = {"start": 1.0, "tokenise documents": 10.0, "train tokenizer: read text": 2.0}
+    probe.stages = {"start": 1.0, "tokenise documents": 10.0, "merge candidates": 2.0}
     one, four = (forecast_corpus(corpus, probe, n) for n in (1, 4))
     alone = {stage.name: stage.seconds for stage in four.stages}
     assert alone["start"] == 1.0
     before = {stage.name: stage.seconds for stage in one.stages}
     assert alone["tokenise documents"] == pytest.approx(before["tokenise documents"] / 4)
-    assert alone["train tokenizer: read text"] == before["train tokenizer: read text"]
+    assert alone["merge candidates"] == before["merge candidates"]
 
 
 def test_a_source_of_unknown_size_is_refused(corpus, tmp_path) -> None:
