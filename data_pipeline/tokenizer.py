@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shoal.configs.errors import DataError
+from shoal.data_pipeline.words import WordEncoder
 
 if TYPE_CHECKING:
     import tiktoken
@@ -180,7 +181,17 @@ class Tokenizer:
         """Return the ids of each text, without any special token.  # each (tokens,) uint32"""
         if self._fast is None:
             return self._encode_slow(texts)
+        if self._words is not None:
+            return self._words.encode_batch(texts)
         return [self._encode_fast(text) for text in texts]
+
+    @cached_property
+    def _words(self) -> WordEncoder | None:
+        """What encodes each word once, where the pattern is the one it knows."""
+        if self._fast_pattern() != _GPT2_PATTERN:
+            return None
+        sizes = np.asarray([len(piece) for piece in self.pieces], dtype=np.int64)
+        return WordEncoder(self._encode_fast, sizes)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids; bytes that form no UTF-8 become the replacement character."""
