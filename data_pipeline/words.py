@@ -15,8 +15,9 @@ from itertools import compress
 import numpy as np
 
 _ODD = re.compile(r" \s|[^\S ] ")  # a blank beside other white space
-_ODD_ASCII = ("  ", " \n", "\n ")
-_RARE_ASCII = "\t\r\v\f\x1c\x1d\x1e\x1f"
+_ODD_PAIRS = ("  ", " \n", "\n ")
+# White space that is neither blank nor line feed.
+_RARE = [c for c in map(chr, range(0x3001)) if c.isspace() and c not in " \n"]
 _MAX_PIECES, _MAX_IDS = 1 << 19, 1 << 23
 """Kept at most; with more, all are forgotten: what is frequent is soon known again."""
 
@@ -144,6 +145,6 @@ def cut_text(text: str) -> list[str]:
 
 def _has_odd_blanks(text: str) -> bool:
     """Whether a blank stands beside other white space; quickly, where the text is plain."""
-    if text.isascii() and not any(character in text for character in _RARE_ASCII):
-        return any(pair in text for pair in _ODD_ASCII)
-    return _ODD.search(text) is not None
+    if any(character in text for character in _RARE):
+        return _ODD.search(text) is not None
+    return any(pair in text for pair in _ODD_PAIRS)
