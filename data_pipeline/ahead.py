@@ -8,8 +8,13 @@ from concurrent.futures import Future
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
+Tick = Callable[[], None]
 
 CLOSE_SECONDS = 5.0
+
+
+class ReadingStopped(Exception):
+    """Nobody waits any more for what was being read."""
 
 
 class ReadAhead(Generic[Item]):
@@ -19,12 +24,16 @@ class ReadAhead(Generic[Item]):
     order; whoever asks for another one waits for that, and the thread goes on from there.
 
     Args:
-        read: Returns the result of a step.
+        read: Returns the result of a step; calls what it is given now and then, which ends it by an
+            error once this is closed.
         steps: How many are prepared beyond the present one.
+        end: The first step that is not prepared unless it is asked for; None: there is none.
     """
 
-    def __init__(self, read: Callable[[int], Item], steps: int) -> None:
-        self._read, self._steps = read, steps
+    def __init__(
+        self, read: Callable[[int, Tick], Item], steps: int, end: int | None = None
+    ) -> None:
+        self._read, self._steps, self._end = read, steps, end
         self._wake = threading.Condition()
         self._ready: dict[int, Future[Item]] = {}
         self._closed = False
@@ -39,7 +48,10 @@ class ReadAhead(Generic[Item]):
         with self._wake:
             if self._closed:
                 raise RuntimeError("reading ahead was closed")
-            wanted = range(step, step + self._steps + 1)
+            last = step + self._steps
+            if self._end is not None:
+                last = max(step, min(last, self._end - 1))
+            wanted = range(step, last + 1)
             # A future that is being worked on and no longer wanted finishes, for nobody.
             self._ready = {n: future for n, future in self._ready.items() if n in wanted}
             for number in wanted:
@@ -53,7 +65,7 @@ class ReadAhead(Generic[Item]):
         return future.result()
 
     def close(self) -> None:
-        """Stop; waits a little for the step that is being read, and no longer."""
+        """Stop; waits a little for the shard that is being read, and no longer."""
         with self._wake:
             self._closed = True
             self._ready.clear()
@@ -70,9 +82,13 @@ class ReadAhead(Generic[Item]):
                     self._wake.wait()
             number, future = found
             try:
-                future.set_result(self._read(number))
+                future.set_result(self._read(number, self._check_open))
             except BaseException as error:
                 future.set_exception(error)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ReadingStopped
 
     def _choose(self) -> tuple[int, Future[Item]] | None:
         """Return the next step that is not begun, and take it."""

@@ -14,6 +14,7 @@ import torch
 from shoal.configs.errors import ConfigError
 from shoal.data_pipeline.ahead import ReadAhead
 from shoal.data_pipeline.batch import IGNORE, PADDING_ROW, Batch
+from shoal.data_pipeline.cache import Tick, go_on
 from shoal.data_pipeline.mixture import Mixture
 from shoal.data_pipeline.order import RowOrder
 from shoal.data_pipeline.packing import RowBatch
@@ -43,6 +44,7 @@ class Loader:
         mixture: Instead of the weights.
         block_rows: Rows of a partition that are shuffled with each other; None: all.
         read_ahead: Steps that a thread prepares beyond the one asked for.
+        end_step: The run's last one + 1, beyond which nothing is read ahead; None: endless.
         orders: By number, streams that are resampled instead of read in epochs.
     """
 
@@ -59,6 +61,7 @@ class Loader:
         mixture: Mixture | None = None,
         block_rows: int | None = None,
         read_ahead: int = 0,
+        end_step: int | None = None,
         orders: Mapping[int, SampledOrder] | None = None,
     ) -> None:
         if not streams:
@@ -82,7 +85,7 @@ class Loader:
         ]
         self._plan_steps = max(1, _PLAN_ROWS // batch_rows)
         self._plan: tuple[int, np.ndarray] = (-1, np.empty((0, batch_rows), dtype=np.int64))
-        self._ahead = ReadAhead(self.read, read_ahead) if read_ahead else None
+        self._ahead = ReadAhead(self.read, read_ahead, end_step) if read_ahead else None
 
     @property
     def accumulation(self) -> int:
@@ -125,15 +128,18 @@ class Loader:
         """
         return self._ahead.get(step) if self._ahead else self.read(step)
 
-    def read(self, step: int) -> list[Batch]:
-        """Read what `microbatches` returns, now and in this thread."""
+    def read(self, step: int, tick: Tick = go_on) -> list[Batch]:
+        """Read what `microbatches` returns, now and in this thread.
+
+        `tick` is called between shards; what it raises ends the reading.
+        """
         part = self.row_ids(step)[self.rank * self.rank_rows : (self.rank + 1) * self.rank_rows]
         if len(self.streams) == 1 and len(part) == self.rank_rows:
-            rows, streams = self.streams[0].gather(part), None
+            rows, streams = self.streams[0].gather(part, tick), None
         else:
             real = len(part)
             part = np.append(part, np.full(self.rank_rows - real, PADDING_ROW))
-            rows, streams = self._gather(part, real)
+            rows, streams = self._gather(part, real, tick)
         return split_batch(rows, part, streams, self.micro_batches, self.document_mask)
 
     def count_rows(self, step: int) -> np.ndarray:
@@ -145,7 +151,9 @@ class Loader:
         if self._ahead:
             self._ahead.close()
 
-    def _gather(self, numbers: np.ndarray, real: int) -> tuple[RowBatch, np.ndarray]:
+    def _gather(
+        self, numbers: np.ndarray, real: int, tick: Tick
+    ) -> tuple[RowBatch, np.ndarray]:
         """Return rows by global number, of which the first `real` are not padding."""
         streams = np.full(len(numbers), PADDING_ROW, dtype=np.int64)
         streams[:real] = np.searchsorted(self._offsets, numbers[:real], side="right") - 1
@@ -155,9 +163,9 @@ class Loader:
         wanted = [numbers[here] - self._offsets[s] for s, here in zip(used, places, strict=True)]
         rows = [self.streams[stream] for stream in used]
         if len(rows) > 1:
-            bring_together(rows, wanted)
+            bring_together(rows, wanted, tick)
         for of_stream, here, within in zip(rows, places, wanted, strict=True):
-            put_rows(batch, here, of_stream.gather(within))
+            put_rows(batch, here, of_stream.gather(within, tick))
         return batch, streams
 
 

@@ -50,9 +50,10 @@ class Remote:
             ConfigError: there is no way to read such URLs here.
         """
         url, file = self.join(name), folder / Path(name).name
-        self._connect()
         for attempt in range(1, ATTEMPTS + 1):
-            error = self._try(url, file)
+            # What came of a broken attempt would be taken for the whole file.
+            file.unlink(missing_ok=True)
+            error = self._try(self._connect(), url, file)
             if error is None:
                 return file
             if _is_absent(error):
@@ -67,24 +68,30 @@ class Remote:
         cause = f"cannot be downloaded, tried {ATTEMPTS} times: {type(error).__name__}: {error}"
         raise DataError(cause, where=url)
 
-    def _connect(self) -> None:
-        """Choose the library's downloader, once; it holds the connection."""
-        if self._downloader is not None:
-            return
+    def _connect(self) -> Any:
+        """Return the library's downloader, chosen once; it holds the connection.
+
+        Another thread, whose download stalls, may give it up at any time.
+        """
+        downloader = self._downloader
+        if downloader is not None:
+            return downloader
         import_streaming()
         from streaming.base.storage.download import CloudDownloader
 
         parts = urlparse(self.url)
         try:
-            self._downloader = CloudDownloader.get("" if parts.scheme == "file" else self.url)
+            downloader = CloudDownloader.get("" if parts.scheme == "file" else self.url)
         except ImportError as error:
             raise _explain_missing(self.url, error) from None
         except ValueError:
             raise ConfigError(
                 f"shards cannot be read from {parts.scheme}:// URLs", where=self.url
             ) from None
+        self._downloader = downloader
+        return downloader
 
-    def _try(self, url: str, file: Path) -> BaseException | None:
+    def _try(self, downloader: Any, url: str, file: Path) -> BaseException | None:
         """Download once, watched; return what went wrong.
 
         The library cannot be told to give up, so it works in a thread that is left behind.
@@ -92,7 +99,6 @@ class Remote:
         parts = urlparse(url)
         source = unquote(parts.path) if parts.scheme == "file" else url
         failures: list[BaseException] = []
-        downloader = self._downloader
 
         def work() -> None:
             try:
@@ -102,7 +108,9 @@ class Remote:
 
         thread = threading.Thread(target=work, name="shoal-download", daemon=True)
         thread.start()
-        if not wait_while_growing(lambda: not thread.is_alive(), file.parent, self.seconds):
+        if not wait_while_growing(
+            lambda: not thread.is_alive(), lambda: count_bytes(file.parent), self.seconds
+        ):
             self._downloader = None
             raise DataError(
                 f"download stalled: not a byte for {self.seconds:g} seconds",
@@ -112,12 +120,14 @@ class Remote:
         return failures[0] if failures else None
 
 
-def wait_while_growing(is_over: Callable[[], bool], folder: Path, seconds: float) -> bool:
-    """Wait for something that writes into a folder; False once nothing has grown for `seconds`."""
-    seen, last = -1, time.monotonic()
+def wait_while_growing(
+    is_over: Callable[[], bool], measure: Callable[[], object], seconds: float
+) -> bool:
+    """Wait for something; False once what `measure` returns has stayed the same for `seconds`."""
+    seen, last = measure(), time.monotonic()
     pause = 0.001
     while not is_over():
-        found = count_bytes(folder)
+        found = measure()
         if found != seen:
             seen, last = found, time.monotonic()
         elif time.monotonic() - last > seconds:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,14 +10,16 @@ import numpy as np
 
 from shoal.configs.data import is_url
 from shoal.configs.errors import DataError
-from shoal.data_pipeline.cache import RemoteShards, ShardCache
+from shoal.data_pipeline.cache import FileKey, RemoteShards, ShardCache, Tick, go_on
 from shoal.data_pipeline.manifest import (
     Manifest,
+    ShardFacts,
     check_shard,
     check_tokenizer,
     read_manifest,
     tokenizer_beside,
 )
+from shoal.data_pipeline.mapped import MappedShards
 from shoal.data_pipeline.mds import open_mds, row_type
 from shoal.data_pipeline.packing import RowBatch, decode_rows
 
@@ -31,19 +34,29 @@ class LocalShards:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
+        self._checked: dict[int, FileKey] = {}
+        """What was checked, by shard: one that is mapped again is not hashed again."""
 
     def need(self, numbers: Sequence[int]) -> int:
         """Return the bytes of shards that must be in a cache at once: none."""
         return 0
 
-    def bring(self, numbers: Sequence[int], beside: int = 0) -> None:
+    def bring(self, numbers: Sequence[int], beside: int = 0, tick: Tick = go_on) -> None:
         """Nothing to do: they are there, or opening them says so."""
 
     def path(self, number: int) -> Path:
         """Return the file of a shard, checked."""
         shard = self.manifest.shards[number]
-        check_shard(self.folder, shard)
-        return self.folder / shard.file
+        file = self.folder / shard.file
+        try:
+            before = FileKey.of(os.lstat(file))
+        except FileNotFoundError:
+            before = None  # said below
+        if before is None or self._checked.get(number) != before:
+            check_shard(self.folder, shard)
+            if before is not None:
+                self._checked[number] = before
+        return file
 
     def let_go(self, numbers: Sequence[int]) -> list[int]:
         """Return none: files that stay take up no more space when mapped."""
@@ -66,7 +79,7 @@ class Rows:
         counts = [shard.rows for shard in manifest.shards]
         self._ends = np.cumsum(np.asarray(counts, dtype=np.int64))
         self._first_rows = self._ends - counts
-        self._mapped: dict[int, np.ndarray] = {}
+        self._mapped = MappedShards()
 
     @classmethod
     def open(cls, folder: str | Path, cache: ShardCache | None = None) -> Rows:
@@ -107,80 +120,93 @@ class Rows:
         """The tokenizer the rows were written with."""
         return tokenizer_beside(self.folder)
 
-    def gather(self, row_numbers: np.ndarray) -> RowBatch:
+    def gather(self, row_numbers: np.ndarray, tick: Tick = go_on) -> RowBatch:
         """Return rows by number, in the order asked for.
 
         Args:
             row_numbers: (n,) int64.
+            tick: Called between shards; what it raises ends the reading.
 
         Raises:
-            DataError: a shard is missing, cut or corrupt; names it.
+            DataError: a shard is missing, cut or corrupt, or cannot be opened; names it.
             IndexError: there is no such row.
         """
         numbers = np.asarray(row_numbers, dtype=np.int64)
         # Negative ones are very large ones to an unsigned type.
         if numbers.size and numbers.view(np.uint64).max() >= len(self):
             raise IndexError(f"rows are numbered from 0 to {len(self) - 1}")
-        return decode_rows(self._gather_raw(numbers), self.manifest.context, self._dtype)
+        return decode_rows(self._gather_raw(numbers, tick), self.manifest.context, self._dtype)
 
-    def bring(self, row_numbers: np.ndarray, beside: int = 0) -> int:
+    def bring(self, row_numbers: np.ndarray, beside: int = 0, tick: Tick = go_on) -> int:
         """Have the shards of rows ready; return the bytes of a cache that takes.
 
         Args:
             row_numbers: (n,) int64.
             beside: Bytes of that cache that are needed at the same time for something else.
+            tick: Called between shards; what it raises ends the reading.
 
         Raises:
             DataError: a shard does not come, or not as it should be; names it.
             ConfigError: the cache cannot hold all at once.
         """
         used = np.unique(np.searchsorted(self._ends, row_numbers, side="right")).tolist()
-        self._files.bring(used, beside)
+        self._files.bring(used, beside, tick)
         return self._files.need(used)
 
-    def _gather_raw(self, numbers: np.ndarray) -> np.ndarray:
+    def _gather_raw(self, numbers: np.ndarray, tick: Tick) -> np.ndarray:
         """Return rows as they are stored.  # (n, bytes of a row) uint8"""
         if len(self._ends) == 1:
-            self._files.bring([0])
+            self._files.bring([0], tick=tick)
             return self._map(0)[numbers]
         shards = np.searchsorted(self._ends, numbers, side="right")
         within = numbers - self._first_rows[shards]
         used = sorted(set(shards.tolist()))
-        self._files.bring(used)
+        self._files.bring(used, tick=tick)
         raw = np.empty((numbers.size, self._row_bytes), dtype=np.uint8)
         if numbers.size < _FEW_ROWS * len(used):
-            for place, (shard, row) in enumerate(
-                zip(shards.tolist(), within.tolist(), strict=True)
-            ):
-                raw[place] = self._map(shard)[row]
+            self._copy_rows(raw, shards, within, tick)
             return raw
         for shard in used:
+            tick()
             here = np.flatnonzero(shards == shard)
             raw[here] = self._map(shard)[within[here]]
         return raw
 
+    def _copy_rows(
+        self, raw: np.ndarray, shards: np.ndarray, within: np.ndarray, tick: Tick
+    ) -> None:
+        """Copy rows one by one; shard by shard, so that none is mapped twice."""
+        order = np.argsort(shards, kind="stable")
+        last, mapped = -1, raw
+        for place, shard, row in zip(
+            order.tolist(), shards[order].tolist(), within[order].tolist(), strict=True
+        ):
+            if shard != last:
+                tick()
+                last, mapped = shard, self._map(shard)
+            raw[place] = mapped[row]
+
     def _map(self, number: int) -> np.ndarray:
-        """Return a shard as a matrix of bytes, (rows, bytes of a row), checked once."""
+        """Return a shard as a matrix of bytes, (rows, bytes of a row), checked."""
         mapped = self._mapped.get(number)
         if mapped is not None:
             return mapped
-        for left in self._files.let_go(list(self._mapped)):
-            del self._mapped[left]
+        self._mapped.drop(self._files.let_go(self._mapped.numbers))
         shard = self.manifest.shards[number]
+        file = self._files.folder / shard.file
         for _ in range(_TRIES):
-            file = self._files.path(number)
             try:
-                mapped = open_mds(
-                    file,
-                    shard.rows,
-                    shard.raw_bytes,
-                    self.manifest.context,
-                    self._dtype,
-                    self.manifest.compression,
-                )
+                mapped = self._open(self._files.path(number), shard)
             except FileNotFoundError:  # evicted by another job since it was checked
                 continue
-            self._mapped[number] = mapped
+            except OSError as error:
+                raise DataError(
+                    f"shard cannot be read: {error.strerror or error}",
+                    where=file,
+                    fix="see to the disk, to the limit of open files (ulimit -n) and, of packed "
+                    "shards, to the space in the folder for temporary files (TMPDIR)",
+                ) from error
+            self._mapped.put(number, mapped, shard.raw_bytes if self.manifest.compression else 0)
             return mapped
         raise DataError(
             "shard is removed again and again before it is read",
@@ -188,18 +214,35 @@ class Rows:
             fix="other jobs share the cache: raise data.cache_bytes, or set another data.cache",
         )
 
+    def _open(self, file: Path, shard: ShardFacts) -> np.ndarray:
+        return open_mds(
+            file,
+            shard.rows,
+            shard.raw_bytes,
+            self.manifest.context,
+            self._dtype,
+            self.manifest.compression,
+        )
 
-def bring_together(streams: Sequence[Rows], numbers: Sequence[np.ndarray]) -> None:
+
+def bring_together(
+    streams: Sequence[Rows], numbers: Sequence[np.ndarray], tick: Tick = go_on
+) -> None:
     """Have the shards of rows of several streams ready, all at once.
+
+    Streams of the same rows need their shards once.
 
     Raises:
         DataError: a shard does not come, or not as it should be; names it.
         ConfigError: the cache cannot hold all at once.
     """
+    wanted: dict[Rows, list[np.ndarray]] = {}
+    for rows, of_stream in zip(streams, numbers, strict=True):
+        wanted.setdefault(rows, []).append(of_stream)
     needed = 0
-    for rows, wanted in zip(streams, numbers, strict=True):
+    for rows, parts in wanted.items():
         if rows.is_remote:
-            needed += rows.bring(wanted, needed)
+            needed += rows.bring(np.concatenate(parts), needed, tick)
 
 
 def check_alike(streams: Sequence[Rows]) -> None:

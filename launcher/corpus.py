@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.configs.corpus import PrepareConfig
 from shoal.configs.data import DataConfig, is_url
+from shoal.configs.errors import DataError
 from shoal.configs.load import load_config
 from shoal.configs.schema import RunConfig
 from shoal.launcher.runs import run_folder
@@ -161,8 +162,8 @@ def open_corpus(config: RunConfig) -> Corpus:
     """Open the shards a run names and check that they belong together.
 
     Raises:
-        DataError: missing or altered shards, a tokenizer that is not theirs, or streams that do not
-            belong together.
+        DataError: missing or altered shards, a tokenizer that is not theirs, streams that do not
+            belong together, or nothing to validate on in a split for that.
         ConfigError: the model's context is not that of the rows.
     """
     from shoal.data_pipeline.cache import ShardCache
@@ -171,8 +172,25 @@ def open_corpus(config: RunConfig) -> Corpus:
 
     data = config.data
     cache = ShardCache.choose(data.cache, data.cache_bytes, data.download_seconds)
-    streams = [(Rows.open(stream.path, cache), stream.share) for stream in data.train]
-    validations = {name: Rows.open(path, cache) for name, path in data.validations.items()}
+    opened: dict[str, Rows] = {}
+
+    def open_once(path: str) -> Rows:
+        """Open a split; several streams of one share what they map, check and need of a cache."""
+        key = path.rstrip("/") if is_url(path) else str(Path(path).resolve())
+        if key not in opened:
+            opened[key] = Rows.open(path, cache)
+        return opened[key]
+
+    streams = [(open_once(stream.path), stream.share) for stream in data.train]
+    validations = {name: open_once(path) for name, path in data.validations.items()}
+    for name, rows in validations.items():
+        if not (rows.manifest.rows and rows.manifest.tokens):
+            raise DataError(
+                f"the validation split {name!r} holds nothing to score: {rows.manifest.rows} rows, "
+                f"{rows.manifest.tokens} tokens",
+                where=rows.where,
+                fix="prepare it with a larger validation_share, or leave it out of data.validation",
+            )
     check_alike([*(rows for rows, _ in streams), *validations.values()])
     check_context(streams[0][0].manifest, config.model.context)
     return Corpus(streams, validations, data, open_clusters(data, [rows for rows, _ in streams]))

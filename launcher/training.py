@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import socket
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
@@ -71,31 +72,31 @@ def _train_one(config: RunConfig, world: World, device: torch.device) -> None:
     corpus = open_corpus(config)
     config, position = _settle(folder, config, corpus, world)
     objective = _build_objective(config, corpus, device)
-    loader = _build_loader(config, corpus, world)
-    engine = Engine(
-        objective,
-        config.optim,
-        config.train,
-        accumulation=loader.accumulation,
-        device=device,
-    )
-    try:
-        run_loop(
-            engine,
-            loader,
-            config,
-            _run_facts(config, world, objective, engine.stage, loader),
-            validation=_validation(config, corpus, world),
-            stop_requested=lambda: world.stop.requested,
-            position=position,
-            progress=world.watchdog.touch,
+    # Closed however it ends, or a thread goes on downloading for a run that is over.
+    with closing(_build_loader(config, corpus, world)) as loader:
+        engine = Engine(
+            objective,
+            config.optim,
+            config.train,
+            accumulation=loader.accumulation,
+            device=device,
         )
-    except NonFiniteLossError as error:
-        if config.ledger.kind != "tune":
-            raise
-        if world.rank == 0:  # a rate that is too high is a result of a search, not its end
-            write_text(folder / DIVERGED, str(error))
-    loader.close()
+        try:
+            run_loop(
+                engine,
+                loader,
+                config,
+                _run_facts(config, world, objective, engine.stage, loader),
+                validation=_validation(config, corpus, world),
+                stop_requested=lambda: world.stop.requested,
+                position=position,
+                progress=world.watchdog.touch,
+            )
+        except NonFiniteLossError as error:
+            if config.ledger.kind != "tune":
+                raise
+            if world.rank == 0:  # a rate that is too high is a result of a search, not its end
+                write_text(folder / DIVERGED, str(error))
     engine.close()
     if lock:
         lock.close()
@@ -229,6 +230,7 @@ def _build_loader(config: RunConfig, corpus: Corpus, world: World) -> Loader:
         mixture=corpus.mixture(config),
         block_rows=config.data.shuffle_block_rows,
         read_ahead=config.data.read_ahead_steps,
+        end_step=config.steps,
         orders=corpus.orders(config.seed),
     )
 

@@ -336,8 +336,8 @@ def test_what_a_killed_job_left_is_swept_and_disturbs_nobody(store, cache):
 
 def test_a_lock_whose_holder_gets_no_further_is_an_error(tmp_path):
     with (
-        hold(tmp_path / "lock", tmp_path, 5),
+        hold(tmp_path / "lock", lambda: 0, 5),
         pytest.raises(DataError, match="another process holds it"),
-        hold(tmp_path / "lock", tmp_path / "nothing", 0.2),
+        hold(tmp_path / "lock", lambda: 0, 0.2),
     ):
         pass
