@@ -15,11 +15,11 @@ from shoal.trainer.identity import check_same_inputs
 TWO = {"train": [{"path": "d/general/train"}, {"path": "d/law/train"}]}
 
 
-def identify(**changes):
+def identify(run_rows=1000, **changes):
     data = DataConfig.model_validate(TWO | changes)
     rows = [SimpleNamespace(manifest=SimpleNamespace(shards_hash=name)) for name in "ab"]
     streams = [(part, stream.share) for part, stream in zip(rows, data.train, strict=True)]
-    return Corpus(streams, {}, data).identity()  # type: ignore[arg-type]
+    return Corpus(streams, {}, data, run_rows=run_rows).identity()  # type: ignore[arg-type]
 
 
 CHANGES = {
@@ -41,6 +41,17 @@ def test_a_checkpoint_of_another_mixture_or_order_is_refused(name, tmp_path):
     check_same_inputs(stored, now, tmp_path, ("streams", "order"))
     for other in CHANGES.keys() - {name}:
         assert identify(**CHANGES[other]) != now
+
+
+@pytest.mark.parametrize("name", ["repeat", "choose"])
+def test_counted_rows_are_spread_over_the_run_and_know_its_length(name, tmp_path):
+    """Streams by weight go on as they were; with `repeat` every position moves."""
+    stored, longer = (identify(rows, **CHANGES[name]) for rows in (1000, 2000))
+    with pytest.raises(DataError, match=r"rows in another order.*run_rows.*1000.*2000") as caught:
+        check_same_inputs(stored, longer, tmp_path, ("train.tokens", "streams"))
+    assert "checkpoint.allow_changes=[order]" in str(caught.value.fix)
+    check_same_inputs(stored, longer, tmp_path, ("order",))
+    assert identify(1000) == identify(2000)
 
 
 def test_where_and_how_it_is_read_changes_nothing():
