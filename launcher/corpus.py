@@ -98,7 +98,14 @@ class Corpus:
 
         sizes = [len(rows) for rows, _ in self.train]
         context, batch_rows = self.manifest.context, config.train.batch_rows
-        return plan_mixture(self.data, sizes, context, count_rows(config), batch_rows)
+        return plan_mixture(
+            self.data,
+            sizes,
+            context,
+            count_rows(config),
+            batch_rows,
+            is_trial=config.ledger.kind == "tune",
+        )
 
 
 def count_rows(config: RunConfig) -> int:
