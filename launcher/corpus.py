@@ -107,6 +107,12 @@ class Corpus:
             is_trial=config.ledger.kind == "tune",
         )
 
+    def count_rows(self, config: RunConfig, batches: int) -> dict[str, int]:
+        """Return the rows of each stream in the first batches of a run, by its name."""
+        rows = self.mixture(config).count_rows(batches * config.train.batch_rows)
+        labels = (stream.label for stream in self.data.train)
+        return dict(zip(labels, rows.tolist(), strict=True))
+
 
 def count_rows(config: RunConfig) -> int:
     """Return the rows of a whole run."""
