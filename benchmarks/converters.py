@@ -27,7 +27,7 @@ def convert_documents(text: Path, tokenizer: Path, out: Path, context: int) -> i
     import numpy as np
 
     from shoal.data_pipeline.mds import import_streaming
-    from shoal.data_pipeline.mixture import permute
+    from shoal.data_pipeline.order import permute
 
     backend, eot = _load_tokenizer(tokenizer)
     texts = [json.loads(line)["text"] for line in text.read_text(encoding="utf-8").splitlines()]

@@ -244,7 +244,10 @@ class CheckpointConfig(Section):
         "every checkpoint there is one, too, and without it there is no checkpoint",
     )
     allow_changes: tuple[str, ...] = Field(
-        (), description="keys that may differ from the checkpoint's, for example optim.lr"
+        (),
+        description="keys that may differ from the checkpoint's, for example optim.lr; and streams "
+        "(the shards, and how much of each), order (in which rows come: schedule, blocks, samples, "
+        "with repeat or choose also the length of the run), teacher",
     )
 
     @model_validator(mode="after")

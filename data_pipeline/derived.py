@@ -36,7 +36,7 @@ from shoal.data_pipeline.manifest import (
     tokenizer_beside,
 )
 from shoal.data_pipeline.mds import open_mds, row_type, write_mds
-from shoal.data_pipeline.mixture import permute
+from shoal.data_pipeline.order import permute
 from shoal.data_pipeline.proof import index_entry, make_index, verify
 from shoal.data_pipeline.tokenizer import Tokenizer
 from shoal.data_pipeline.tokens import save_array

@@ -17,7 +17,7 @@ from shoal.configs.corpus import PackingConfig, PrepareConfig
 from shoal.configs.errors import ConfigError
 from shoal.data_pipeline.manifest import PackingFacts
 from shoal.data_pipeline.mds import MAX_SHARD_BYTES, row_type, token_type, write_mds
-from shoal.data_pipeline.mixture import permute
+from shoal.data_pipeline.order import permute
 from shoal.data_pipeline.packing import Form, Layout, Span
 from shoal.data_pipeline.tokenizer import Tokenizer
 from shoal.data_pipeline.tokens import Split, chunk_files, save_array

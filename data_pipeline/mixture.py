@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from shoal.configs.errors import ConfigError
 from shoal.configs.schema import DataConfig
-from shoal.data_pipeline.order import permute, scramble
-
-__all__ = ["BLOCK_ROWS", "Mixture", "Pattern", "Places", "permute", "plan_mixture", "scramble"]
 
 BLOCK_ROWS = 1024
 """Rows after which streams mixed by weight have had exactly their shares."""
@@ -149,11 +146,6 @@ class Mixture:
         self._before = before
         """Rows of every stream that earlier patterns have given."""
 
-    @property
-    def counts(self) -> np.ndarray:
-        """Rows of every stream in one period of the first pattern.  # (streams,) int64"""
-        return self.patterns[0].counts
-
     def locate(self, positions: np.ndarray) -> Places:
         """Return stream and position within the stream of positions of the mixture."""
         positions = np.asarray(positions, dtype=np.int64)
@@ -179,7 +171,13 @@ class Mixture:
 
 
 def plan_mixture(
-    data: DataConfig, sizes: Sequence[int], context: int, run_rows: int, step_rows: int = 1
+    data: DataConfig,
+    sizes: Sequence[int],
+    context: int,
+    run_rows: int,
+    step_rows: int = 1,
+    *,
+    is_trial: bool = False,
 ) -> Mixture:
     """Return the mixture of a run.
 
@@ -194,13 +192,60 @@ def plan_mixture(
         run_rows: Rows of the whole run.
         step_rows: Rows of a step; where streams give too few for the last one by less than that, it
             is filled by beginning again.
+        is_trial: Whether this is the beginning of a longer run, which need not come to everything.
 
     Raises:
-        ConfigError: the streams give more, or fewer, rows than the run takes, or a share is too
-            small.
+        ConfigError: the streams give more, or fewer, rows than the run takes, a share is too small,
+            or a stream or an entry of the schedule would never come.
     """
-    if not any(stream.is_counted for stream in data.train):
-        return _schedule(data, context)
+    if any(stream.is_counted for stream in data.train):
+        mixture = _count_out(data, sizes, context, run_rows, step_rows)
+    else:
+        mixture = _schedule(data, context)
+    if not is_trial:
+        _check_all_come(data, mixture, context, run_rows)
+    return mixture
+
+
+def _check_all_come(data: DataConfig, mixture: Mixture, context: int, run_rows: int) -> None:
+    """Refuse what a config names and the run would pass over in silence.
+
+    Raises:
+        ConfigError: names the first entry of the schedule, or stream, that never comes.
+    """
+    starts = mixture.starts[len(mixture.starts) - len(data.schedule) :].tolist()
+    for number, start in enumerate(starts):
+        if start >= run_rows:
+            raise ConfigError(
+                f"comes at row {start:,} (blocks are of {BLOCK_ROWS}), and the run ends after "
+                f"{run_rows:,}",
+                where=f"data.schedule.{number}.from_tokens",
+                fix=f"set it to {(run_rows - 1) // BLOCK_ROWS * BLOCK_ROWS * context} or less, "
+                f"raise train.tokens over {start * context}, or leave the entry out",
+            )
+    for number, rows in enumerate(mixture.count_rows(run_rows).tolist()):
+        if not rows:
+            stream = data.train[number]
+            raise ConfigError(
+                f"{stream.label} would never be read: not one of the run's {run_rows:,} rows is "
+                f"its ({_describe_part(data, number)})",
+                where=f"data.train.{number}",
+                fix="give it more, or leave the stream out",
+            )
+
+
+def _describe_part(data: DataConfig, number: int) -> str:
+    """Say what a stream asks for, in the words of the config."""
+    stream = data.train[number]
+    if data.schedule:
+        return "by the schedule"
+    return stream.measure if isinstance(stream.measure, str) else f"weight {stream.share:g}"
+
+
+def _count_out(
+    data: DataConfig, sizes: Sequence[int], context: int, run_rows: int, step_rows: int
+) -> Mixture:
+    """Return the mixture of streams of which some give a number of rows; see `plan_mixture`."""
     counted = [_count(stream.repeat, stream.choose, size)
                for stream, size in zip(data.train, sizes, strict=True)]  # fmt: skip
     left = run_rows - sum(counted)
@@ -251,9 +296,3 @@ def _schedule(data: DataConfig, context: int) -> Mixture:
         counts = share_block(weights, where=f"data.schedule.{number}")
         patterns.append((start, Pattern(counts)))
     return Mixture(patterns=patterns)
-
-
-def describe_shares(rows: Mapping[str, int]) -> str:
-    """Return realised shares as a ledger notes them, such as `general 0.75, law 0.25`."""
-    total = sum(rows.values())
-    return ", ".join(f"{name} {count / total:.4g}" for name, count in rows.items() if total)

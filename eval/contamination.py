@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shoal.data_pipeline.mixture import scramble
+from shoal.data_pipeline.order import scramble
 
 GRAM = 13
 COMMON_DOCUMENTS = 10

@@ -37,6 +37,8 @@ class Corpus:
     data: DataConfig
     clusters: dict[int, Clusters] = field(default_factory=dict)
     """Of the streams that are resampled, by number."""
+    run_rows: int = 0
+    """Rows of the whole run, over which `repeat` and `choose` are spread."""
 
     @property
     def manifest(self) -> Manifest:
@@ -53,6 +55,8 @@ class Corpus:
         from shoal.data_pipeline.order import ORDER_VERSION
 
         order: dict[str, Any] = {"version": ORDER_VERSION}
+        if any(stream.is_counted for stream in self.data.train):
+            order["run_rows"] = self.run_rows  # another length moves every position
         if self.data.shuffle_block_rows:
             order["block_rows"] = self.data.shuffle_block_rows
         if self.data.schedule:
@@ -94,10 +98,26 @@ class Corpus:
         from shoal.data_pipeline.mixture import plan_mixture
 
         sizes = [len(rows) for rows, _ in self.train]
-        batch_rows = config.train.batch_rows
+        context, batch_rows = self.manifest.context, config.train.batch_rows
         return plan_mixture(
-            self.data, sizes, self.manifest.context, config.steps * batch_rows, batch_rows
+            self.data,
+            sizes,
+            context,
+            count_rows(config),
+            batch_rows,
+            is_trial=config.ledger.kind == "tune",
         )
+
+    def count_rows(self, config: RunConfig, batches: int) -> dict[str, int]:
+        """Return the rows of each stream in the first batches of a run, by its name."""
+        rows = self.mixture(config).count_rows(batches * config.train.batch_rows)
+        labels = (stream.label for stream in self.data.train)
+        return dict(zip(labels, rows.tolist(), strict=True))
+
+
+def count_rows(config: RunConfig) -> int:
+    """Return the rows of a whole run."""
+    return config.steps * config.train.batch_rows
 
 
 def ensure_prepared(config: RunConfig) -> None:
@@ -193,7 +213,8 @@ def open_corpus(config: RunConfig) -> Corpus:
             )
     check_alike([*(rows for rows, _ in streams), *validations.values()])
     check_context(streams[0][0].manifest, config.model.context)
-    return Corpus(streams, validations, data, open_clusters(data, [rows for rows, _ in streams]))
+    clusters = open_clusters(data, [rows for rows, _ in streams])
+    return Corpus(streams, validations, data, clusters, count_rows(config))
 
 
 def open_clusters(data: DataConfig, streams: Sequence[Rows]) -> dict[int, Clusters]:

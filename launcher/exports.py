@@ -58,7 +58,7 @@ def export_run(
     corpus = open_corpus(config.model_copy(update={"data": data}))
     check_same_inputs(manifest.position, corpus.identity(), where=folder)
     model = _load_trained(folder, manifest, config.model)
-    facts = _describe_run(run, config, manifest.step, corpus.manifest.shards_hash)
+    facts = _describe_run(run, config, manifest, corpus)
     report = _export(model, config.model, corpus, out, facts, dtype)
     entry = LedgerEntry(
         kind="export",
@@ -131,10 +131,13 @@ def _bring_newest(root: Path, warn: Callable[[str], None]) -> None:
         raise DataError(cause, where=newest, fix=fix) from None
 
 
-def _describe_run(run: Path, config: RunConfig, step: int, shards_hash: str) -> dict[str, Any]:
+def _describe_run(
+    run: Path, config: RunConfig, manifest: Manifest, corpus: Corpus
+) -> dict[str, Any]:
     """Return what an export says of the run it comes from."""
     from shoal.trainer.checkpoint import checkpoint_name
 
+    step, passed_over = manifest.step, manifest.position.get("passed_over", 0)
     return {
         "name": config.name,
         "run": config.model_dump(mode="json"),
@@ -143,7 +146,10 @@ def _describe_run(run: Path, config: RunConfig, step: int, shards_hash: str) -> 
         "validation": _last_validation(run, step),
         "provenance": {
             "config_hash": config_hash(config, without=("output", "world")),
-            "shards_hash": shards_hash,
+            "shards_hash": corpus.manifest.shards_hash,
+            "data": corpus.identity()
+            | {"validation": {n: r.manifest.shards_hash for n, r in corpus.validations.items()}},
+            "streams_total": corpus.count_rows(config, step + passed_over),
             "checkpoint": checkpoint_name(step),
             "seed": config.seed,
             "command": f"shoal train {run / CONFIG_FILE}",

@@ -244,9 +244,8 @@ def _run_facts(
     teacher = objective.teacher
     names = tuple(stream.label for stream in config.data.train)
 
-    def count_rows(first: int, last: int) -> dict[str, int]:
-        rows = loader.count_rows(last) - loader.count_rows(first)
-        return dict(zip(names, rows.tolist(), strict=True))
+    def count_rows(batches: int) -> dict[str, int]:
+        return dict(zip(names, loader.count_rows(batches).tolist(), strict=True))
 
     versions = {name: metadata.version(name) for name in ("torch", "deepspeed")}
     return RunFacts(

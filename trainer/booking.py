@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Sequence
 
 from shoal.configs.schema import RunConfig
 from shoal.trainer.ledger import LedgerEntry, append_entry, now, read_ledger
@@ -20,6 +22,17 @@ class Booking:
     def begin(self, step: int) -> None:
         """Count from here, at `step`."""
         self.step, self.begun, self.started = step, time.monotonic(), now()
+        self.targets: Counter[str] = Counter()
+
+    def count(self, targets: int, of_streams: Sequence[tuple[float, float]]) -> None:
+        """Count the targets of a step, over all ranks.
+
+        Args:
+            targets: Of all streams.
+            of_streams: Cross-entropy and targets of each, where they are told apart.
+        """
+        found = [round(each) for _, each in of_streams] or [targets]
+        self.targets.update(dict(zip(self.facts.streams, found, strict=False)))
 
     @property
     def position(self) -> int:
@@ -34,7 +47,6 @@ class Booking:
         steps = step - self.step
         if steps:
             tokens = steps * self.config.step_tokens
-            rows = self.facts.count_rows(self.step + passed_over, step + passed_over)
             entry = LedgerEntry(
                 kind=self.config.ledger.kind,
                 stage=self.config.name,
@@ -46,7 +58,8 @@ class Booking:
                 tokens=tokens,
                 flops=tokens * self.facts.training_flops_per_token,
                 note=f"steps {self.step} to {step}",
-                streams={name: n * self.config.model.context for name, n in rows.items()},
+                streams=dict(self.targets),
+                streams_total=self.facts.count_rows(step + passed_over),
             )
             append_entry(self.path, entry)
         self.begin(step)

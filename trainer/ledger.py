@@ -35,7 +35,11 @@ class LedgerEntry(BaseModel):
     flops: float = 0.0
     note: str = ""
     streams: dict[str, int] = {}
-    """Tokens of each stream that was read."""
+    """Targets of each stream that were trained on, without padding; work that was done again after
+    a kill or from an older checkpoint counts again, so the sum over entries is a cost."""
+    streams_total: dict[str, int] = {}
+    """Rows of each stream from the run's first batch to the last one of this entry, each once: the
+    last entry has the realised shares. Batches passed over by going back are among them."""
 
     @property
     def device_seconds(self) -> float:

@@ -181,6 +181,7 @@ class _Training:
         lr = learning_rate(self.config.optim, self.step, self.config.steps)
         result = self.engine.train_step(batches, lr, tokens, self.detector.accepts)
         loss = result.sums.cross_entropy / tokens
+        self.booking.count(tokens, result.sums.streams)
         self.step += 1
         if not result.taken:
             return self._skip(loss, result.grad_norm, batches)

@@ -68,8 +68,8 @@ class RunFacts:
     """What `auto` came to: kernels, ZeRO stage; written to the metrics at every start."""
     streams: tuple[str, ...] = ()
     """Names of what is read."""
-    count_rows: Callable[[int, int], dict[str, int]] = lambda first, last: {}
-    """Rows of each stream in the batches from one to before another."""
+    count_rows: Callable[[int], dict[str, int]] = lambda batches: {}
+    """Rows of each stream in so many batches from the first one on."""
 
 
 def dropout_seed(seed: int, step: int, row: int) -> int:

@@ -16,10 +16,10 @@ from shoal.data_pipeline.mixture import (
     BLOCK_ROWS,
     Mixture,
     Pattern,
-    permute,
     plan_mixture,
     share_block,
 )
+from shoal.data_pipeline.order import permute
 
 keys = st.tuples(st.integers(0, 2**40), st.sampled_from(["documents", "train"]), st.integers(0, 9))
 
@@ -128,19 +128,18 @@ def test_more_streams_than_rows_are_refused():
 @settings(max_examples=60, deadline=None)
 @given(weights=st.lists(st.floats(0.01, 1.0), min_size=1, max_size=8), block=st.integers(0, 10**9))
 def test_every_block_holds_exact_shares(weights, block):
-    mixture = Mixture(weights)
+    mixture, counts = Mixture(weights), share_block(weights)
     places = mixture.locate(np.arange(BLOCK_ROWS) + block * BLOCK_ROWS)
-    assert np.array_equal(np.bincount(places.streams, minlength=len(weights)), mixture.counts)
-    for stream, count in enumerate(mixture.counts):
+    assert np.array_equal(np.bincount(places.streams, minlength=len(weights)), counts)
+    for stream, count in enumerate(counts):
         inside = places.positions[places.streams == stream]
         assert np.array_equal(inside, block * count + np.arange(count))
 
 
 def test_stretches_are_even():
     """Any 64 positions in a row hold a stream's share to within two rows."""
-    mixture = Mixture([0.7, 0.2, 0.1])
-    streams = mixture.locate(np.arange(5 * BLOCK_ROWS)).streams
-    for stream, share in enumerate(mixture.counts / BLOCK_ROWS):
+    streams = Mixture([0.7, 0.2, 0.1]).locate(np.arange(5 * BLOCK_ROWS)).streams
+    for stream, share in enumerate(np.asarray([717, 205, 102]) / BLOCK_ROWS):
         running = np.concatenate([[0], np.cumsum(streams == stream)])
         inside = running[64:] - running[:-64]
         assert np.abs(inside - 64 * share).max() <= 2
@@ -238,6 +237,38 @@ def test_changes_within_one_block_are_refused():
     with pytest.raises(ConfigError, match="same row") as caught:
         plan_mixture(data, [10, 10], context=16, run_rows=9999)
     assert caught.value.where == "data.schedule.1.from_tokens"
+
+
+NEVER = {
+    "all rows taken": ([{"repeat": 10}, {}], {}, 1000, "data.train.1", r"b would .*weight 1\)"),
+    "a part of a row": ([{"repeat": 0.001}, {}], {}, 9, "data.train.0", r"\(repeat 0.001\)"),
+    "tiny weight": ([{"choose": 990}, {}, {"weight": 1e-3}], {}, 1000, "data.train.2", "0.001"),
+    "short run": ([{"weight": 1000}, {"weight": 1}], {}, 100, "data.train.1", "100 rows"),
+    "left out": ([{}, {}], [(0, {"a": 1})], 9999, "data.train.1", "by the schedule"),
+    "never comes": (
+        [{}, {"weight": 0}], [(16 * 9000, {"b": 1})], 9000, "data.schedule.0.from_tokens", "9,216",
+    ),
+    "at the end": (
+        [{}, {}], [(0, {"a": 1, "b": 1}), (16 * 1025, {"b": 1})], 2048,
+        "data.schedule.1.from_tokens", "the run ends after 2,048",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEVER)
+def test_what_would_never_be_read_is_refused_and_named(name):
+    streams, changes, run_rows, where, message = NEVER[name]
+    schedule = [{"from_tokens": tokens, "weights": weights} for tokens, weights in changes]
+    data = make_data(*streams, schedule=schedule)
+    with pytest.raises(ConfigError, match=message) as caught:
+        plan_mixture(data, [100] * len(streams), 16, run_rows)
+    assert caught.value.where == where
+    plan_mixture(data, [100] * len(streams), 16, run_rows, is_trial=True)
+
+
+def test_a_change_in_the_last_block_still_comes():
+    data = make_data({}, {"weight": 0}, schedule=[{"from_tokens": 16 * 1024, "weights": {"b": 1}}])
+    assert plan_mixture(data, [9, 9], 16, 1025).count_rows(1025).tolist() == [1024, 1]
 
 
 @pytest.mark.parametrize(

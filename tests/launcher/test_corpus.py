@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -10,16 +11,17 @@ from shoal.configs.data import DataConfig
 from shoal.configs.errors import DataError
 from shoal.configs.schema import ModelConfig, RunConfig, TrainConfig
 from shoal.launcher.corpus import Corpus
+from shoal.launcher.exports import _describe_run
 from shoal.trainer.identity import check_same_inputs
 
 TWO = {"train": [{"path": "d/general/train"}, {"path": "d/law/train"}]}
 
 
-def identify(**changes):
+def identify(run_rows=1000, **changes):
     data = DataConfig.model_validate(TWO | changes)
     rows = [SimpleNamespace(manifest=SimpleNamespace(shards_hash=name)) for name in "ab"]
     streams = [(part, stream.share) for part, stream in zip(rows, data.train, strict=True)]
-    return Corpus(streams, {}, data).identity()  # type: ignore[arg-type]
+    return Corpus(streams, {}, data, run_rows=run_rows).identity()  # type: ignore[arg-type]
 
 
 CHANGES = {
@@ -43,6 +45,17 @@ def test_a_checkpoint_of_another_mixture_or_order_is_refused(name, tmp_path):
         assert identify(**CHANGES[other]) != now
 
 
+@pytest.mark.parametrize("name", ["repeat", "choose"])
+def test_counted_rows_are_spread_over_the_run_and_know_its_length(name, tmp_path):
+    """Streams by weight go on as they were; with `repeat` every position moves."""
+    stored, longer = (identify(rows, **CHANGES[name]) for rows in (1000, 2000))
+    with pytest.raises(DataError, match=r"rows in another order.*run_rows.*1000.*2000") as caught:
+        check_same_inputs(stored, longer, tmp_path, ("train.tokens", "streams"))
+    assert "checkpoint.allow_changes=[order]" in str(caught.value.fix)
+    check_same_inputs(stored, longer, tmp_path, ("order",))
+    assert identify(1000) == identify(2000)
+
+
 def test_where_and_how_it_is_read_changes_nothing():
     moved = {"train": [{"path": "s3://b/x", "name": "x"}, {"path": "e/law/train"}]}
     assert identify(**moved, cache="/c", cache_bytes=9, read_ahead_steps=0) == identify()
@@ -54,10 +67,31 @@ def test_a_checkpoint_from_before_the_order_was_noted_is_refused(tmp_path):
         check_same_inputs({"streams": now["streams"]}, now, tmp_path)
 
 
+def make_rows(name, count=50):
+    facts = SimpleNamespace(manifest=SimpleNamespace(context=16, shards_hash=name))
+    return type("R", (), {"__len__": lambda self: count, **vars(facts)})()
+
+
+def test_an_export_says_all_that_went_into_a_model(tmp_path):
+    data = DataConfig.model_validate(TWO | {"validation": {"law": "d/law/validation"}})
+    train = [(make_rows(name), 1.0) for name in "ab"]
+    corpus = Corpus(train, {"law": make_rows("c")}, data)  # type: ignore[arg-type]
+    config = RunConfig(
+        data=data, model=ModelConfig(context=16), train=TrainConfig(tokens=16 * 99, batch_rows=32)
+    )
+    manifest = SimpleNamespace(step=2, position={"passed_over": 1})
+    facts = _describe_run(tmp_path, config, manifest, corpus)  # type: ignore[arg-type]
+    provenance = facts["provenance"]
+    assert provenance["shards_hash"] == "a"
+    assert provenance["data"] == corpus.identity() | {"validation": {"law": "c"}}
+    assert [hash for hash, _ in provenance["data"]["streams"]] == ["a", "b"]
+    assert provenance["streams_total"] == {"general/train": 48, "law/train": 48}
+    assert json.loads(json.dumps(facts)) == facts
+
+
 def test_the_mixture_of_a_run_fills_its_last_step():
     data = DataConfig.model_validate({"train": [{"path": "d/x", "repeat": 2}]})
-    rows = SimpleNamespace(manifest=SimpleNamespace(context=16))
-    corpus = Corpus([(type("R", (), {"__len__": lambda self: 50, **vars(rows)})(), 1.0)], {}, data)
+    corpus = Corpus([(make_rows("a"), 1.0)], {}, data)  # type: ignore[arg-type]
     config = RunConfig(
         data=data, model=ModelConfig(context=16), train=TrainConfig(tokens=1600, batch_rows=32)
     )

@@ -272,7 +272,13 @@ def run_loop(case: dict[str, Any], **more: Any) -> dict[str, Any]:
     folder = Path(case["folder"])
     folder.mkdir(parents=True, exist_ok=True)
     facts = segment.RunFacts(
-        folder, rank, ranks, device="cpu", training_flops_per_token=FLOPS_PER_TOKEN
+        folder,
+        rank,
+        ranks,
+        device="cpu",
+        training_flops_per_token=FLOPS_PER_TOKEN,
+        streams=("all",),
+        count_rows=lambda batches: {"all": batches * ROWS},
     )
     limit = case.get("stop_after", 10**9)
     error, loss = None, None

@@ -308,6 +308,9 @@ def test_ledger_entries_add_up_to_the_steps(tmp_path):
     assert [entry.note for entry in entries] == notes
     tokens = sum(e.tokens for e in entries)
     assert tokens == STEPS * ROWS * CONTEXT
+    real = sum(engine_ranks.count_tokens(step) for step in range(STEPS))
+    assert sum(e.streams["all"] for e in entries) == real < tokens
+    assert [e.streams_total["all"] for e in entries] == [n * ROWS for n in (2, 3, 4, 6)]
     assert sum(e.flops for e in entries) == tokens * engine_ranks.FLOPS_PER_TOKEN
     assert sum(e.seconds for e in entries) >= sum(curve(folder, key="seconds").values())
     assert all(e.kind == "train" and e.stage == "run" and e.devices == 1 for e in entries)

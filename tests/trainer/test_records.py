@@ -5,8 +5,11 @@ import json
 import pytest
 
 from shoal.configs.errors import DataError
+from shoal.configs.schema import DataConfig, ModelConfig, RunConfig, Stream, TrainConfig
+from shoal.trainer.booking import Booking
 from shoal.trainer.ledger import LedgerEntry, append_entry, now, read_ledger
 from shoal.trainer.metrics import Metrics, read_metrics
+from shoal.trainer.segment import RunFacts
 
 
 def make_entry(stage="a", **more):
@@ -55,6 +58,33 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path, bad):
     with pytest.raises(DataError, match="line 2 is not a ledger entry") as error:
         read_ledger(path)
     assert error.value.where == str(path)
+
+
+def test_shares_are_exact_and_work_done_again_is_cost(tmp_path):
+    """Steps 2 to 4 are done twice, as after a kill between booking and publishing."""
+    config = RunConfig(
+        data=DataConfig(train=(Stream(path="a"), Stream(path="b", name="b"))),
+        model=ModelConfig(context=16),
+        train=TrainConfig(tokens=6 * 4 * 16, batch_rows=4),
+    )
+    facts = RunFacts(tmp_path, 0, 1, "cpu", 1.0, streams=("a", "b"),
+                     count_rows=lambda batches: {"a": 3 * batches, "b": batches})  # fmt: skip
+    for first, cuts in ((0, (2, 4)), (2, (6,))):
+        booking = Booking(config, facts, first)
+        for cut in cuts:
+            for _ in range(booking.step, cut):
+                booking.count(50, [(9.0, 40.0), (9.0, 10.0)])
+            booking.book(cut)
+    entries = read_ledger(tmp_path / "ledger.jsonl")
+    assert [entry.streams for entry in entries] == [
+        {"a": 80, "b": 20}, {"a": 80, "b": 20}, {"a": 160, "b": 40},
+    ]  # fmt: skip
+    assert [entry.streams_total["a"] for entry in entries] == [6, 12, 18]
+    assert entries[-1].streams_total == {"a": 18, "b": 6}, "of six steps, not of eight"
+    alone = Booking(config, RunFacts(tmp_path, 0, 1, "cpu", 1.0, streams=("a",)), 6)
+    alone.count(50, ())
+    alone.book(7)
+    assert read_ledger(tmp_path / "ledger.jsonl")[-1].streams == {"a": 50}
 
 
 def write_steps(folder, start, stop, steps=9):

@@ -103,6 +103,9 @@ def test_broken_weights_are_not_saved_and_left_behind(tmp_path):
     assert list(curve(folder, "skipped", "rows")) == [4, 5, 6, 7]
     last = checkpoint.verify_checkpoint(folder / "checkpoints" / checkpoint.checkpoint_name(steps))
     assert last.position["passed_over"] == 5
+    entries = read_ledger(folder / "ledger.jsonl")
+    totals = [entry.streams_total["all"] for entry in entries]
+    assert totals == sorted(totals) and totals[-1] == (steps + 5) * engine_ranks.ROWS
 
 
 class Dying(engine_ranks.Source):
