@@ -151,9 +151,7 @@ class Loader:
         if self._ahead:
             self._ahead.close()
 
-    def _gather(
-        self, numbers: np.ndarray, real: int, tick: Tick
-    ) -> tuple[RowBatch, np.ndarray]:
+    def _gather(self, numbers: np.ndarray, real: int, tick: Tick) -> tuple[RowBatch, np.ndarray]:
         """Return rows by global number, of which the first `real` are not padding."""
         streams = np.full(len(numbers), PADDING_ROW, dtype=np.int64)
         streams[:real] = np.searchsorted(self._offsets, numbers[:real], side="right") - 1
