@@ -105,12 +105,9 @@ class MappedShards:
         """Of the shards that are mapped."""
         return list(self.arrays)
 
-    def get(self, number: int) -> np.ndarray | None:
-        """Return a shard if it is mapped, and note that it is used."""
-        mapped = self.arrays.get(number)
-        if mapped is not None:
-            self.used[number] = self.room.tick()
-        return mapped
+    def touch(self, numbers: Sequence[int]) -> None:
+        """Note that shards are used now; those that are not mapped count for nothing."""
+        self.used.update(dict.fromkeys(numbers, self.room.tick()))
 
     def put(self, number: int, mapped: np.ndarray, unpacked: int = 0) -> None:
         """Keep a shard; `unpacked`: bytes it takes up beside its file."""

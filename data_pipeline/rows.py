@@ -157,40 +157,34 @@ class Rows:
         """Return rows as they are stored.  # (n, bytes of a row) uint8"""
         if len(self._ends) == 1:
             self._files.bring([0], tick=tick)
-            return self._map(0)[numbers]
+            return self._map(0, tick)[numbers]
         shards = np.searchsorted(self._ends, numbers, side="right")
         within = numbers - self._first_rows[shards]
-        used = sorted(set(shards.tolist()))
+        needed = set(shards.tolist())
+        used = sorted(needed)
         self._files.bring(used, tick=tick)
+        self._mapped.touch(used)
         raw = np.empty((numbers.size, self._row_bytes), dtype=np.uint8)
-        if numbers.size < _FEW_ROWS * len(used):
-            self._copy_rows(raw, shards, within, tick)
+        if numbers.size >= _FEW_ROWS * len(used):
+            for shard in used:
+                here = np.flatnonzero(shards == shard)
+                raw[here] = self._map(shard, tick)[within[here]]
             return raw
-        for shard in used:
-            tick()
-            here = np.flatnonzero(shards == shard)
-            raw[here] = self._map(shard)[within[here]]
+        places: Sequence[int] = range(numbers.size)
+        if not needed <= self._mapped.arrays.keys():
+            # Shard by shard: where not all can stay mapped, each is mapped once.
+            order = np.argsort(shards, kind="stable")
+            places, shards, within = order.tolist(), shards[order], within[order]
+        for place, shard, row in zip(places, shards.tolist(), within.tolist(), strict=True):
+            raw[place] = self._map(shard, tick)[row]
         return raw
 
-    def _copy_rows(
-        self, raw: np.ndarray, shards: np.ndarray, within: np.ndarray, tick: Tick
-    ) -> None:
-        """Copy rows one by one; shard by shard, so that none is mapped twice."""
-        order = np.argsort(shards, kind="stable")
-        last, mapped = -1, raw
-        for place, shard, row in zip(
-            order.tolist(), shards[order].tolist(), within[order].tolist(), strict=True
-        ):
-            if shard != last:
-                tick()
-                last, mapped = shard, self._map(shard)
-            raw[place] = mapped[row]
-
-    def _map(self, number: int) -> np.ndarray:
+    def _map(self, number: int, tick: Tick) -> np.ndarray:
         """Return a shard as a matrix of bytes, (rows, bytes of a row), checked."""
-        mapped = self._mapped.get(number)
+        mapped = self._mapped.arrays.get(number)
         if mapped is not None:
             return mapped
+        tick()
         self._mapped.drop(self._files.let_go(self._mapped.numbers))
         shard = self.manifest.shards[number]
         file = self._files.folder / shard.file

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from shoal.configs.errors import ConfigError, DataError
+from shoal.data_pipeline import mds
+from shoal.data_pipeline import rows as rows_module
 from shoal.data_pipeline.manifest import (
     check_context,
     read_manifest,
     token_counts,
 )
+from shoal.data_pipeline.mapped import MappedShards, Room, choose_files
 from shoal.data_pipeline.proof import verify
 from shoal.data_pipeline.rows import Rows
 from shoal.data_pipeline.shards import prepare
@@ -290,3 +295,55 @@ def test_token_counts_are_the_targets(folder):
     (folder / "counts.npy").write_bytes(b"other")
     with pytest.raises(DataError, match="missing or were altered"):
         token_counts(folder)
+
+
+def count_open_files():
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_mapped_shards_hold_no_more_files_than_told(few, folder, monkeypatch):
+    rows, others = Rows.open(folder), Rows.open(folder)
+    expected = rows.gather(np.arange(len(rows))).tokens
+    shards = len(rows.manifest.shards)
+    assert shards > 3
+    room = Room(files=3, unpacked=10**9)
+    rows._mapped, others._mapped = MappedShards(room), MappedShards(room)
+    hashed = []
+    check = rows_module.check_shard
+    monkeypatch.setattr(rows_module, "check_shard", lambda *given: hashed.append(check(*given)))
+    before = count_open_files()
+    numbers = np.random.default_rng(0).permutation(len(rows))
+    for wanted in np.array_split(numbers, len(rows) // shards if few else 2):
+        for source in (rows, others):
+            assert np.array_equal(source.gather(wanted).tokens, expected[wanted])
+            assert len(rows._mapped) + len(others._mapped) <= 3
+            assert count_open_files() <= before + 3
+    assert len(hashed) == shards  # `rows` had checked all; one mapped again is not hashed again
+
+
+def test_unpacked_shards_are_let_go_by_their_bytes_the_oldest_first():
+    shards = MappedShards(Room(files=99, unpacked=80))
+    for number in range(8):
+        shards.put(number, np.zeros(1), 10)
+    shards.touch([0])
+    shards.put(8, np.zeros(1), 10)
+    assert shards.numbers == [0, 3, 4, 5, 6, 7, 8]
+    shards.put(9, np.zeros(1), 500)
+    assert shards.numbers == [9]
+    shards.put(10, np.zeros(1))
+    assert 10 in shards.numbers
+    assert [choose_files(most) for most in (1, 1024, 10**6)] == [1, 256, 1024]
+
+
+def test_a_shard_that_cannot_be_opened_or_unpacked_is_named(folder, monkeypatch):
+    rows = Rows.open(folder)
+
+    def fail(*_, **__):
+        raise OSError(24, os.strerror(24))
+
+    monkeypatch.setattr(mds, "_map", fail)
+    with pytest.raises(DataError, match="cannot be read: Too many open files") as caught:
+        rows.gather(np.asarray([0]))
+    assert caught.value.where == str(folder / rows.manifest.shards[0].file)
+    assert "ulimit -n" in str(caught.value.fix)

@@ -10,7 +10,8 @@ import pytest
 from shoal.configs.data import DataConfig
 from shoal.configs.errors import DataError
 from shoal.configs.schema import ModelConfig, RunConfig, TrainConfig
-from shoal.launcher.corpus import Corpus
+from shoal.data_pipeline.rows import Rows
+from shoal.launcher.corpus import Corpus, open_corpus
 from shoal.launcher.exports import _describe_run
 from shoal.trainer.identity import check_same_inputs
 
@@ -97,3 +98,49 @@ def test_the_mixture_of_a_run_fills_its_last_step():
     )
     assert config.steps * 32 == 128
     assert corpus.mixture(config).count_rows(100).tolist() == [100]
+
+
+class Opened:
+    """Stands in for rows: opened once per split, of `rows` rows."""
+
+    opened: list[str] = []
+    rows = 9
+
+    def __init__(self, path):
+        self.where = path
+        self.opened.append(path)
+        empty = "empty" in path
+        self.manifest = SimpleNamespace(
+            rows=self.rows, tokens=0 if empty else 99, context=16, tokenizer_fingerprint="f"
+        )
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    monkeypatch.setattr(Rows, "open", lambda path, cache: Opened(path))
+    monkeypatch.setattr(Opened, "opened", [])
+    return Opened.opened
+
+
+def run_config(**data):
+    return RunConfig(
+        data=DataConfig.model_validate(data),
+        model=ModelConfig(context=16),
+        train=TrainConfig(tokens=9),
+    )
+
+
+def test_a_split_that_several_streams_read_is_opened_once(opened):
+    train = [{"path": path, "name": str(n)} for n, path in enumerate(("d/x", "./d/x", "s3://b/x"))]
+    corpus = open_corpus(run_config(train=train, validation={"v": "s3://b/x/", "w": "d/y"}))
+    assert opened == ["d/x", "s3://b/x", "d/y"]
+    assert corpus.train[0][0] is corpus.train[1][0]
+    assert corpus.validations["v"] is corpus.train[2][0]
+
+
+def test_a_validation_split_with_nothing_to_score_is_refused(opened):
+    with pytest.raises(DataError, match="'law' holds nothing to score: 9 rows, 0 tok") as caught:
+        open_corpus(
+            run_config(train=[{"path": "d/x"}], validation={"all": "d/y", "law": "d/empty"})
+        )
+    assert caught.value.where == "d/empty"

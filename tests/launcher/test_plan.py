@@ -37,7 +37,7 @@ class ConstantRows:
     def __len__(self) -> int:
         return 100
 
-    def gather(self, rows: np.ndarray) -> RowBatch:
+    def gather(self, rows: np.ndarray, tick: object = None) -> RowBatch:
         ones = np.ones((len(rows), 5), np.int64)
         return RowBatch(ones, np.zeros((len(rows), 4), np.int32), ones[:, 1:])
 

@@ -200,7 +200,7 @@ class TokenRows:
     def __len__(self) -> int:
         return len(self._tokens)
 
-    def gather(self, numbers: np.ndarray) -> RowBatch:
+    def gather(self, numbers: np.ndarray, tick: object = None) -> RowBatch:
         tokens = self._tokens[numbers]
         segments = np.zeros((len(numbers), CONTEXT), dtype=np.int32)
         return RowBatch(tokens, segments, tokens[:, 1:])
