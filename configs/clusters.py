@@ -77,6 +77,13 @@ class ClusterConfig(Section):
     seed: int = Field(0, ge=0)
     executor: ExecutorConfig = ExecutorConfig()
     processes: Literal["auto"] | Count = "auto"
+    cache: str | None = Field(
+        None, description="folder for shards read by URL; None: one in the user's cache folder"
+    )
+    cache_bytes: Count | None = Field(None, description="most bytes of that folder; None: no limit")
+    download_seconds: float = Field(
+        60, gt=0, description="without a byte for so long, a download has failed"
+    )
 
     @model_validator(mode="after")
     def _named_once(self) -> ClusterConfig:

@@ -11,7 +11,7 @@ import numpy as np
 
 from shoal.data_pipeline.centroids import Centroids
 from shoal.data_pipeline.embedding import EMBED_ROWS, Embed, embed_batches
-from shoal.data_pipeline.row_texts import read_row_texts
+from shoal.data_pipeline.row_texts import Split, read_row_texts
 from shoal.data_pipeline.tokens import save_array
 
 SAMPLE_TASK_ROWS = 8192
@@ -22,14 +22,14 @@ class EmbedSample:
     """Embeds sampled rows; task n leaves n.npy, (rows, dims) float32.
 
     Args:
-        shards: Folder or URL of one split.
+        shards: Of one split.
         numbers: File of the numbers of the sampled rows.
         rows: How many there are.
         embed: Texts to vectors.
         folder: Receives the vectors.
     """
 
-    shards: str
+    shards: Split
     numbers: Path
     rows: int
     embed: Embed
@@ -63,7 +63,7 @@ class AssignRows:
 
     Args:
         name: As in `assign rows of law`.
-        shards: Folder or URL of the split.
+        shards: Of the split.
         rows: Of the split.
         task_rows: Rows of one task.
         embed: Texts to vectors.
@@ -73,7 +73,7 @@ class AssignRows:
     """
 
     name: str
-    shards: str
+    shards: Split
     rows: int
     task_rows: int
     embed: Embed
@@ -114,7 +114,7 @@ def _load_centroids(folder: Path) -> Centroids:
     return Centroids.load(folder)
 
 
-def read_in_batches(shards: str, numbers: np.ndarray) -> Iterator[list[str]]:
+def read_in_batches(shards: Split, numbers: np.ndarray) -> Iterator[list[str]]:
     """Yield the texts of rows, `EMBED_ROWS` at a time."""
     for first in range(0, len(numbers), EMBED_ROWS):
         yield read_row_texts(shards, numbers[first : first + EMBED_ROWS])

@@ -6,6 +6,7 @@ Everything is done in a folder aside, of which each finished piece is kept over 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from shoal.configs.clusters import ClusterConfig, ClusterCorpus
 from shoal.configs.errors import ConfigError
 from shoal.data_pipeline.assignment import AssignRows, EmbedSample, cluster_type, read_in_batches
+from shoal.data_pipeline.cache import ShardCache
 from shoal.data_pipeline.centroids import POINTS, Centroids, choose_method, fit_centroids
 from shoal.data_pipeline.clusters import (
     EMBEDDER,
@@ -23,7 +25,6 @@ from shoal.data_pipeline.clusters import (
     ClustersManifest,
     CorpusFacts,
     assignments_file,
-    hash_tree,
     histogram_file,
     list_files,
     load_clusters,
@@ -39,10 +40,10 @@ from shoal.data_pipeline.embedding import (
 )
 from shoal.data_pipeline.executors import open_executor
 from shoal.data_pipeline.keywords import name_clusters
-from shoal.data_pipeline.manifest import MANIFEST
+from shoal.data_pipeline.manifest import MANIFEST, hash_tree
 from shoal.data_pipeline.order import ORDER_VERSION
 from shoal.data_pipeline.publishing import hold_lock, name_output, remove_stale, sync_folder
-from shoal.data_pipeline.row_texts import open_rows, sample_rows
+from shoal.data_pipeline.row_texts import Split, open_rows, open_split, sample_rows
 from shoal.data_pipeline.sampling import entropy_bits, total_variation
 from shoal.data_pipeline.stages import Progress, Run
 from shoal.data_pipeline.store import write_whole
@@ -50,7 +51,9 @@ from shoal.data_pipeline.tokens import save_array
 from shoal.data_pipeline.workers import choose_processes
 
 _VERSION = 1
-_NOT_IN_KEY = {"name", "output", "processes", "executor"}
+_NOT_IN_KEY = {
+    "name", "output", "processes", "executor", "cache", "cache_bytes", "download_seconds",
+}  # fmt: skip
 _NUMBERS, _VECTORS, _ASSIGNED, _LOGS = "numbers.npy", "vectors", "assigned", "logs"
 
 
@@ -85,7 +88,9 @@ def make_clusters(
     output = Path(config.output)
     if model is None and config.embedding.path is not None:
         model = _open_model(config)
-    key = find_key(config, model)
+    cache = ShardCache.choose(config.cache, config.cache_bytes, config.download_seconds)
+    splits = {corpus.name: open_split(corpus.path, cache) for corpus in config.corpora}
+    key = find_key(config, splits, model)
     built = False
     if not _is_done(config, output, key):
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +100,7 @@ def make_clusters(
                 work = output.absolute().parent / f".partial-{output.name}-{key[:16]}"
                 remove_stale(output, work)
                 work.mkdir(exist_ok=True)
-                _Making(config, key, model, work, report).run()
+                _Making(config, splits, key, model, work, report).run()
                 _publish(work, output)
     return replace(load_clusters(output), built=built)
 
@@ -108,16 +113,15 @@ def _open_model(config: ClusterConfig) -> Model:
     return Model(embed, hash_folder(embed.folder))
 
 
-def find_key(config: ClusterConfig, model: Model | None) -> str:
+def find_key(config: ClusterConfig, splits: Mapping[str, Split], model: Model | None) -> str:
     """Return the hash of what determines the clusters: shards by their content, not their place."""
+    manifests = [open_rows(splits[corpus.name]).manifest for corpus in config.corpora]
     return hash_tree(
         {
             "version": [_VERSION, ORDER_VERSION],
             "config": _settled(config),
-            "corpora": [open_rows(c.path).manifest.shards_hash for c in config.corpora],
-            "tokenizers": [
-                open_rows(c.path).manifest.tokenizer_fingerprint for c in config.corpora
-            ],
+            "corpora": [manifest.shards_hash for manifest in manifests],
+            "tokenizers": [manifest.tokenizer_fingerprint for manifest in manifests],
             "model": model and model.hash,
         }
     )
@@ -158,6 +162,8 @@ class _Making:
     """One call of `make_clusters` that has work to do."""
 
     config: ClusterConfig
+    splits: Mapping[str, Split]
+    """By name of the corpus."""
     key: str
     model: Model | None
     work: Path
@@ -167,7 +173,8 @@ class _Making:
         """Leave all files in the folder aside, the manifest last."""
         if (self.work / MANIFEST).is_file():
             return
-        shards = [shard for c in self.config.corpora for shard in open_rows(c.path).manifest.shards]
+        opened = [open_rows(split) for split in self.splits.values()]
+        shards = [shard for rows in opened for shard in rows.manifest.shards]
         size = sum(shard.raw_bytes for shard in shards)
         processes = choose_processes(self.config.processes, size)
         logs = self.work / _LOGS
@@ -182,26 +189,29 @@ class _Making:
             file.unlink()
         write_whole(self.work / MANIFEST, self._describe(inertia).to_json())
 
+    @property
+    def _generic(self) -> Split:
+        return self.splits[self.config.generic.name]
+
     def _fit_embedder(self) -> Embed:
         folder = self.work / EMBEDDER
         if not (folder / FACTS).is_file():
             config = self.config.embedding
-            path = self.config.generic.path
+            split = self._generic
             self.progress("fit the embedding", 0, None)
-            numbers = sample_rows(path, config.sample_rows, self.config.seed)
-            fit_tfidf(read_in_batches(path, numbers), config, self.config.seed, folder)
+            numbers = sample_rows(split, config.sample_rows, self.config.seed)
+            fit_tfidf(read_in_batches(split, numbers), config, self.config.seed, folder)
         return TfidfEmbed(folder)
 
     def _find_centroids(self, embed: Embed, run: Run) -> float:
         """Leave the centroids, and return the mean squared distance to them."""
-        path = self.config.generic.path
-        numbers = sample_rows(path, self.config.sample_rows, self.config.seed)
+        numbers = sample_rows(self._generic, self.config.sample_rows, self.config.seed)
         file, folder = self.work / _NUMBERS, self.work / _VECTORS
         if self.config.clusters > len(numbers):
             fit_centroids(np.empty((len(numbers), 1)), self.config)  # says what is wrong
         folder.mkdir(exist_ok=True)
         save_array(file, numbers)
-        stage = EmbedSample(path, file, len(numbers), embed, folder)
+        stage = EmbedSample(self._generic, file, len(numbers), embed, folder)
         run(stage)
         vectors = np.concatenate([np.load(stage.result(n)) for n in range(stage.tasks)])
         if not (self.work / POINTS).is_file():
@@ -215,12 +225,12 @@ class _Making:
         """Leave the assignments and the histogram of a corpus."""
         if (self.work / histogram_file(corpus.name)).is_file():
             return
-        folder = self.work / _ASSIGNED / corpus.name
+        split, folder = self.splits[corpus.name], self.work / _ASSIGNED / corpus.name
         folder.mkdir(parents=True, exist_ok=True)
         stage = AssignRows(
             name=f"assign rows of {corpus.name}",
-            shards=corpus.path,
-            rows=len(open_rows(corpus.path)),
+            shards=split,
+            rows=len(open_rows(split)),
             task_rows=self.config.task_rows,
             embed=embed,
             centroids=self.work,
@@ -256,9 +266,12 @@ class _Making:
             method=choose_method(self.config, sampled),
             inertia=inertia,
             empty_clusters=int(np.count_nonzero(sum(counts for *_, counts in corpora) == 0)),
-            corpora=tuple(_describe_corpus(c, counts, generic) for c, _, counts in corpora),
+            corpora=tuple(
+                _describe_corpus(c.name, self.splits[c.name], counts, generic)
+                for c, _, counts in corpora
+            ),
             words=name_clusters(
-                [(c.path, assigned, counts) for c, assigned, counts in corpora],
+                [(self.splits[c.name], assigned, counts) for c, assigned, counts in corpora],
                 self.config.words,
                 self.config.seed,
             ),
@@ -268,10 +281,12 @@ class _Making:
         )
 
 
-def _describe_corpus(corpus: ClusterCorpus, counts: np.ndarray, generic: np.ndarray) -> CorpusFacts:
-    manifest = open_rows(corpus.path).manifest
+def _describe_corpus(
+    name: str, split: Split, counts: np.ndarray, generic: np.ndarray
+) -> CorpusFacts:
+    manifest = open_rows(split).manifest
     return CorpusFacts(
-        name=corpus.name,
+        name=name,
         rows=manifest.rows,
         shards_hash=manifest.shards_hash,
         tokenizer_fingerprint=manifest.tokenizer_fingerprint,

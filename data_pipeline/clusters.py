@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from shoal.configs.errors import ConfigError, DataError
-from shoal.data_pipeline.centroids import Centroids
-from shoal.data_pipeline.manifest import MANIFEST, hash_file
+from shoal.data_pipeline.manifest import MANIFEST, Facts, hash_file, hash_tree
 from shoal.data_pipeline.sampling import SampledOrder, SampleFacts, describe_sample, make_target
 
 LEDGER = "ledger.jsonl"
@@ -25,11 +23,7 @@ EMBEDDER = "embedder"
 _REMAKE = "make the clusters again, or take the folder from a good copy"
 
 
-class _Facts(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class CorpusFacts(_Facts):
+class CorpusFacts(Facts):
     """One corpus: its rows, and how they are spread over the clusters."""
 
     name: str
@@ -46,7 +40,7 @@ class CorpusFacts(_Facts):
     """Between this histogram and the generic one, 0 (alike) to 1."""
 
 
-class ClustersManifest(_Facts):
+class ClustersManifest(Facts):
     """What a folder of clusters is."""
 
     schema_version: Literal[1] = 1
@@ -80,12 +74,6 @@ class ClustersManifest(_Facts):
         tree = self.model_dump(mode="json")
         tree["manifest_sha256"] = hash_tree(tree)
         return json.dumps(tree, indent=1, sort_keys=True) + "\n"
-
-
-def hash_tree(tree: Any) -> str:
-    """Return the SHA-256 of plain values."""
-    text = json.dumps(tree, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def assignments_file(name: str) -> str:
@@ -144,10 +132,6 @@ class Clusters:
         self.facts(name)
         array: np.ndarray = np.load(self.folder / histogram_file(name), allow_pickle=False)
         return array
-
-    def centroids(self) -> Centroids:
-        """Return the centroids."""
-        return Centroids.load(self.folder)
 
     def order(
         self, domain: str, key: tuple[int | str, ...], *, shards_hash: str, temper: float = 1.0

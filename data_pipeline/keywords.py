@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from shoal.data_pipeline.embedding import read_words
-from shoal.data_pipeline.row_texts import read_row_texts, sample_rows
+from shoal.data_pipeline.row_texts import Split, read_row_texts, sample_rows
 
 SHOWN_CLUSTERS = 8
 """Clusters of each corpus that are named, by their rows."""
@@ -44,12 +44,12 @@ def rank_words(inside: Counter[str], rows: int, outside: Counter[str], others: i
 
 
 def name_clusters(
-    corpora: Sequence[tuple[str, np.ndarray, np.ndarray]], words: int, seed: int
+    corpora: Sequence[tuple[Split, np.ndarray, np.ndarray]], words: int, seed: int
 ) -> dict[int, tuple[str, ...]]:
     """Return words for the largest clusters of each corpus, from rows of all corpora in it.
 
     Args:
-        corpora: Path of the shards, cluster of every row (rows,), rows of each cluster (k,).
+        corpora: The shards, cluster of every row (rows,), rows of each cluster (k,).
         words: That name a cluster.
         seed: Of the rows that stand for everything else.
     """
@@ -57,9 +57,9 @@ def name_clusters(
         return {}
     outside: Counter[str] = Counter()
     others = 0
-    for path, _, _ in corpora:
-        background = sample_rows(path, _BACKGROUND_ROWS, seed)
-        outside += count_rows_with(read_row_texts(path, background))
+    for split, _, _ in corpora:
+        background = sample_rows(split, _BACKGROUND_ROWS, seed)
+        outside += count_rows_with(read_row_texts(split, background))
         others += len(background)
     shown: set[int] = set()
     for _, _, histogram in corpora:
@@ -73,14 +73,16 @@ def name_clusters(
     return named
 
 
-def _read_members(corpora: Sequence[tuple[str, np.ndarray, np.ndarray]], cluster: int) -> list[str]:
+def _read_members(
+    corpora: Sequence[tuple[Split, np.ndarray, np.ndarray]], cluster: int
+) -> list[str]:
     """Return texts of a cluster, each corpus by its part in it, evenly over its rows."""
     members = [np.flatnonzero(assignments == cluster) for _, assignments, _ in corpora]
     edges = np.cumsum([0, *map(len, members)])
     total = int(edges[-1])
     chosen = np.linspace(0, total - 1, min(_CLUSTER_ROWS, total)).round().astype(np.int64)
     texts: list[str] = []
-    for number, (path, _, _) in enumerate(corpora):
+    for number, (split, _, _) in enumerate(corpora):
         here = chosen[(chosen >= edges[number]) & (chosen < edges[number + 1])] - edges[number]
-        texts += read_row_texts(path, members[number][here])
+        texts += read_row_texts(split, members[number][here])
     return texts

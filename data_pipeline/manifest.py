@@ -31,11 +31,13 @@ _Number = Annotated[int, Field(ge=0)]
 REMAKE = "prepare the corpus again, or take the folder from a good copy"
 
 
-class _Facts(BaseModel):
+class Facts(BaseModel):
+    """What a manifest says; nothing else may stand in it."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class SourceFacts(_Facts):
+class SourceFacts(Facts):
     """One source, as read."""
 
     path: str
@@ -50,7 +52,7 @@ class SourceFacts(_Facts):
     """Records of it that were broken."""
 
 
-class DroppedFacts(_Facts):
+class DroppedFacts(Facts):
     """Records that were left out of the sources of this split; all are in dropped.jsonl."""
 
     total: int
@@ -58,7 +60,7 @@ class DroppedFacts(_Facts):
     examples: tuple[str, ...]
 
 
-class ShardFacts(_Facts):
+class ShardFacts(Facts):
     """One shard: the file on disk, and its content once unpacked."""
 
     file: str
@@ -69,7 +71,7 @@ class ShardFacts(_Facts):
     raw_sha256: str
 
 
-class PackingFacts(_Facts):
+class PackingFacts(Facts):
     """How documents became rows, and what that wastes."""
 
     method: Literal["concatenate", "best_fit", "window"]
@@ -89,7 +91,7 @@ class PackingFacts(_Facts):
         return self.padding_tokens / inputs if inputs else 0.0
 
 
-class CleaningFacts(_Facts):
+class CleaningFacts(Facts):
     """What was done to the documents before they were tokenised; see removed.jsonl."""
 
     documents_read: int
@@ -104,7 +106,7 @@ class CleaningFacts(_Facts):
     """SHA-256 of what the documents were compared with, by its path."""
 
 
-class Manifest(_Facts):
+class Manifest(Facts):
     """What one split of prepared shards is."""
 
     schema_version: Literal[2] = SCHEMA
@@ -145,7 +147,7 @@ class Manifest(_Facts):
     def to_json(self) -> str:
         """Return the text of manifest.json: the facts, and a hash that makes changes show."""
         tree = self.model_dump(mode="json")
-        tree["manifest_sha256"] = _hash_tree(tree)
+        tree["manifest_sha256"] = hash_tree(tree)
         return json.dumps(tree, indent=1, sort_keys=True) + "\n"
 
 
@@ -154,7 +156,8 @@ def hash_shards(raw_hashes: list[str]) -> str:
     return hashlib.sha256("\n".join(raw_hashes).encode()).hexdigest()
 
 
-def _hash_tree(tree: dict[str, Any]) -> str:
+def hash_tree(tree: Any) -> str:
+    """Return the SHA-256 of plain values."""
     text = json.dumps(tree, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -191,7 +194,7 @@ def read_manifest(folder: str | Path) -> Manifest:
             where=file,
             fix="prepare the corpus again with this version, into another output",
         )
-    if _hash_tree(tree) != stated:
+    if hash_tree(tree) != stated:
         raise DataError("was altered after it was written", where=file, fix=REMAKE)
     try:
         manifest = Manifest.model_validate(tree)

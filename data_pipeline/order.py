@@ -34,10 +34,10 @@ _REVERSED = np.asarray(
 
 
 @lru_cache(maxsize=256)
-def _round_keys(*parts: int | str) -> tuple[np.uint64, ...]:
-    """Return one 64-bit key a Feistel round, from a hash of what the order depends on."""
+def make_keys(count: int, *parts: int | str) -> tuple[np.uint64, ...]:
+    """Return 64-bit keys, at most 8, from a hash of what an order depends on."""
     seedling = "/".join(str(part) for part in parts).encode()
-    digest = hashlib.blake2b(seedling, digest_size=8 * _ROUNDS).digest()
+    digest = hashlib.blake2b(seedling, digest_size=8 * count).digest()
     return tuple(np.frombuffer(digest, dtype="<u8"))
 
 
@@ -64,7 +64,7 @@ def permute(positions: np.ndarray, size: int, *key: int | str) -> np.ndarray:
     Returns:
         (n,) int64.
     """
-    keys = np.asarray(_round_keys(*key), dtype=np.uint64)[:, None]
+    keys = np.asarray(make_keys(_ROUNDS, *key), dtype=np.uint64)[:, None]
     whole = np.asarray(positions).astype(np.uint64)
     return _walk(whole, np.uint64(size), max(2, (size - 1).bit_length()), keys)
 
@@ -209,7 +209,7 @@ def _permute_each(
         key: What all of them depend on.
         labels: (n,) int64, what each of them depends on besides.
     """
-    base = np.asarray(_round_keys(*key)[:_ORDER_ROUNDS], dtype=np.uint64)[:, None]
+    base = np.asarray(make_keys(_ROUNDS, *key)[:_ORDER_ROUNDS], dtype=np.uint64)[:, None]
     own = labels.astype(np.uint64)[None, :] * np.uint64(0x9E3779B97F4A7C15)
     keys = scramble(own, base)  # (rounds, n)
     bits = max(2, (max(largest, 1) - 1).bit_length())

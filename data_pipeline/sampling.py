@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from shoal.configs.errors import ConfigError
-from shoal.data_pipeline.order import PARTITIONS, scramble
+from shoal.data_pipeline.order import PARTITIONS, make_keys, scramble
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _KEYS = 4
@@ -33,26 +33,35 @@ def make_target(generic: np.ndarray, domain: np.ndarray, temper: float = 1.0) ->
     Raises:
         ConfigError: no cluster holds rows of both.
     """
-    held = np.flatnonzero(generic)
-    shares = generic / generic.sum()
-    weights = np.zeros(len(generic))
-    weights[held] = (domain[held] / domain.sum() / shares[held]) ** temper
-    mass = shares * weights
-    if not mass.sum() > 0:
+    held = np.flatnonzero(generic if temper == 0 else (generic > 0) & (domain > 0))
+    if not len(held):
         raise ConfigError(
             "no cluster holds rows of the domain and of the generic corpus",
             where="clusters",
             fix="make fewer clusters, or lower temper",
         )
-    target: np.ndarray = mass / mass.sum()
+    shares = generic[held] / generic.sum()
+    if temper in (0, 1):  # exact on every machine, and a weight of 0 counts as 1 where temper is 0
+        mass = domain[held] / domain.sum() if temper else shares
+    else:  # as logarithms: powers leave the range of a number
+        logs = temper * np.log(domain[held] / domain.sum() / shares) + np.log(shares)
+        mass = np.exp(logs - logs.max())
+    target = np.zeros(len(generic))
+    target[held] = mass / mass.sum()
     return target
+
+
+def row_number_type(rows: int) -> np.dtype:
+    """Return the smallest type that holds the number of any of so many rows."""
+    return np.dtype(np.uint32 if rows <= 2**32 else np.int64)
 
 
 class SampledOrder:
     """The endless order of a resampled stream: position p draws a cluster, then a row of it.
 
     Both draws are hashes of seed and position, so that any position is found in constant time and
-    draws are independent of each other: rows come again before all have been seen.
+    draws are independent of each other: rows come again before all have been seen. Takes 4 bytes of
+    memory a generic row, 8 from 2^32 rows on.
 
     Args:
         clusters: The cluster of every generic row.  # (rows,)
@@ -67,12 +76,13 @@ class SampledOrder:
         if len(counts) > len(target) or np.any((target > 0) & (counts == 0)):
             raise ConfigError("the target names clusters that have no row", where="sample")
         self.size = len(clusters)
-        self._rows = np.argsort(clusters, kind="stable").astype(np.int64)
+        # Held by every rank, so of the smallest type; freed at once, the sort takes 8 bytes a row.
+        self._rows = np.argsort(clusters, kind="stable").astype(row_number_type(self.size))
         self._counts = counts
         self._firsts = np.cumsum(counts) - counts
         self._edges = np.cumsum(target / target.sum())
         self._edges[np.flatnonzero(target)[-1] :] = np.inf  # rounding leaves the last below 1
-        self._keys = _make_keys(*key)
+        self._keys = make_keys(_KEYS, *key, "sampled")
 
     def rows(self, positions: np.ndarray) -> np.ndarray:
         """Return the generic rows at positions of the stream.  # (n,) int64
@@ -84,8 +94,8 @@ class SampledOrder:
         clusters = np.searchsorted(self._edges, _hash_to_unit(words, self._keys[:2]), side="right")
         sizes = self._counts[clusters]
         places = (_hash_to_unit(words, self._keys[2:]) * sizes).astype(np.int64)
-        rows: np.ndarray = self._rows[self._firsts[clusters] + np.minimum(places, sizes - 1)]
-        return rows
+        found = self._rows[self._firsts[clusters] + np.minimum(places, sizes - 1)]
+        return found.astype(np.int64)
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows at positions, and the stretch of the shards each is from.
@@ -100,14 +110,6 @@ class SampledOrder:
         """
         rows = self.rows(positions)
         return rows, rows * PARTITIONS // self.size
-
-
-def _make_keys(*key: int | str) -> tuple[np.uint64, ...]:
-    import hashlib
-
-    text = "/".join(str(part) for part in (*key, "sampled")).encode()
-    digest = hashlib.blake2b(text, digest_size=8 * _KEYS).digest()
-    return tuple(np.frombuffer(digest, dtype="<u8"))
 
 
 def _hash_to_unit(words: np.ndarray, keys: tuple[np.uint64, ...]) -> np.ndarray:

@@ -15,7 +15,7 @@ from shoal.configs.errors import ConfigError, DataError
 from shoal.data_pipeline.centroids import Centroids, fit_centroids, share_out
 from shoal.data_pipeline.clustering import make_clusters
 from shoal.data_pipeline.clusters import load_clusters
-from shoal.data_pipeline.row_texts import read_row_texts, sample_rows
+from shoal.data_pipeline.row_texts import open_rows, open_split, read_row_texts, sample_rows
 
 sys.path.insert(0, str(Path(__file__).parent))
 from topics import TOPICS, find_topics, make_config, prepare_topics
@@ -34,7 +34,7 @@ def clusters(corpora, tmp_path_factory):
 def test_planted_topics_are_found(corpora, clusters):
     path = str(corpora / "generic" / "train")
     assigned = clusters.assignments("generic")
-    topics = find_topics(read_row_texts(path, np.arange(len(assigned))))
+    topics = find_topics(read_row_texts(open_split(path), np.arange(len(assigned))))
     pure = sum(np.bincount(topics[assigned == c]).max() for c in np.unique(assigned))
     assert pure / len(topics) > 0.9  # a row at the border of two documents has both topics
     assert len(np.unique(assigned)) == TOPICS
@@ -56,7 +56,7 @@ def test_facts_are_those_of_the_rows(clusters):
 def test_sampled_rows_are_of_the_domains_topics(corpora, clusters):
     order = clusters.order("domain", (0, 0), shards_hash=clusters.generic.shards_hash)
     drawn = order.rows(np.arange(2000))
-    topics = find_topics(read_row_texts(str(corpora / "generic" / "train"), drawn))
+    topics = find_topics(read_row_texts(open_split(str(corpora / "generic" / "train")), drawn))
     assert (topics < 2).mean() > 0.95
     assert 0.65 < (topics == 0).mean() < 0.85
 
@@ -77,8 +77,8 @@ def test_what_is_fitted_does_not_grow_with_the_corpus(corpora, tmp_path):
 
 
 def test_another_seed_samples_other_rows(corpora):
-    path = str(corpora / "generic" / "train")
-    few, more, other = (sample_rows(path, n, seed) for n, seed in ((50, 0), (100, 0), (50, 1)))
+    split = open_split(str(corpora / "generic" / "train"))
+    few, more, other = (sample_rows(split, n, seed) for n, seed in ((50, 0), (100, 0), (50, 1)))
     assert len(few) == 50
     assert set(few) <= set(more)
     assert set(few) != set(other)
@@ -150,14 +150,14 @@ def test_two_levels(corpora, tmp_path, monkeypatch, method):
     monkeypatch.setattr("shoal.data_pipeline.centroids.FLAT_CLUSTERS", 8)
     made = make_clusters(make_config(corpora, tmp_path / "out", clusters=30, method=method))
     assert made.manifest.method == ("lloyd" if method == "auto" else method)
-    centroids = made.centroids()
+    centroids = Centroids.load(made.folder)
     assert len(centroids) == 30
     assert len(centroids.coarse) == 5
     assert centroids.starts[-1] == 30
     assert made.histogram("generic").sum() == made.generic.rows
     assigned = made.assignments("generic")
     path = str(corpora / "generic" / "train")
-    topics = find_topics(read_row_texts(path, np.arange(len(assigned))))
+    topics = find_topics(read_row_texts(open_split(path), np.arange(len(assigned))))
     pure = sum(np.bincount(topics[assigned == c]).max() for c in np.unique(assigned))
     assert pure / len(topics) > 0.85
 
@@ -227,3 +227,45 @@ def test_a_loader_reads_the_resampled_stream(corpora, clusters):
     assert set(generic.tolist()) <= expected
     histogram = clusters.histogram("domain")
     assert np.all(histogram[clusters.assignments("generic")[generic]] > 0)
+
+
+def test_shards_by_url_go_where_the_config_says_and_give_the_same(corpora, clusters, tmp_path):
+    urls = {
+        name: {"name": name, "path": (corpora / name / "train").as_uri()}
+        for name in ("generic", "domain")
+    }
+    config = make_config(
+        corpora,
+        tmp_path / "out",
+        generic=urls["generic"],
+        domains=[urls["domain"]],
+        cache=str(tmp_path / "cache"),
+        cache_bytes=10**9,
+        download_seconds=30,
+    )
+    made = make_clusters(config)
+    assert made.manifest.cluster_key == clusters.manifest.cluster_key
+    assert made.manifest.clusters_hash == clusters.manifest.clusters_hash
+    assert len(list((tmp_path / "cache").glob("*/split/shard.*"))) >= 2
+    with pytest.raises(ConfigError, match="may hold 1 bytes"):
+        make_clusters(
+            config.model_copy(
+                update={"output": str(tmp_path / "b"), "cache": str(tmp_path / "c"),
+                        "cache_bytes": 1, "clusters": 5}
+            )
+        )  # fmt: skip
+
+
+def test_shards_that_were_prepared_anew_are_read_anew(corpora, tmp_path):
+    """In one process: what is held open must not outlive what it was opened from."""
+    folder = tmp_path / "corpora"
+    shutil.copytree(corpora, folder)
+    path = str(folder / "generic" / "train")
+    old = open_split(path)
+    texts = read_row_texts(old, np.arange(3))
+    shutil.rmtree(folder / "generic" / "train")
+    shutil.copytree(corpora / "domain" / "train", folder / "generic" / "train")
+    assert read_row_texts(open_split(path), np.arange(3)) != texts
+    open_rows.cache_clear()  # as in a worker that starts late
+    with pytest.raises(DataError, match="prepared anew while it was read"):
+        read_row_texts(old, np.arange(3))

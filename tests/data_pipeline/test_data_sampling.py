@@ -12,6 +12,7 @@ from shoal.data_pipeline.sampling import (
     describe_sample,
     entropy_bits,
     make_target,
+    row_number_type,
     total_variation,
 )
 
@@ -118,6 +119,27 @@ def test_temper_goes_from_generic_to_domain(corpus):
 def test_temper_0_leaves_out_no_cluster():
     generic, domain = np.asarray([5, 5, 10]), np.asarray([4, 0, 0])
     assert make_target(generic, domain, 0.0).tolist() == [0.25, 0.25, 0.5]
+
+
+@pytest.mark.parametrize("temper", [400.0, 1e6])
+def test_a_large_temper_takes_the_heaviest_cluster(temper):
+    generic, domain = np.asarray([10**6, 10, 5]), np.asarray([1, 900, 400])
+    target = make_target(generic, domain, temper)
+    assert target.sum() == pytest.approx(1)
+    assert target.argmax() == 1 and target[1] > 0.99
+    facts = describe_sample(generic, domain, temper, 100)
+    assert facts.effective_rows == pytest.approx(10, rel=0.01)
+    assert (
+        SampledOrder(np.repeat([0, 1, 2], [5, 10, 5]), target, (0,)).rows(np.arange(9)).max() < 15
+    )
+
+
+def test_a_row_takes_four_bytes(corpus):
+    clusters, domain = corpus
+    order = SampledOrder(clusters, make_target(np.bincount(clusters), domain), (0, 0))
+    assert order._rows.nbytes == 4 * len(clusters)
+    assert order.rows(np.arange(9)).dtype == np.int64
+    assert [row_number_type(n) for n in (2**32, 2**32 + 1)] == [np.uint32, np.int64]
 
 
 def test_mass_without_rows_goes_to_the_others():

@@ -304,13 +304,12 @@ def test_ledger_entries_add_up_to_the_steps(tmp_path):
     run(folder, every_steps=2, stop_after=3)
     run(folder, every_steps=2)
     entries = read_ledger(folder / "ledger.jsonl")
-    notes = [f"steps {a} to {b}" for a, b in ((0, 2), (2, 3), (3, 4), (4, 6))]
-    assert [entry.note for entry in entries] == notes
-    tokens = sum(e.tokens for e in entries)
-    assert tokens == STEPS * ROWS * CONTEXT
-    real = sum(engine_ranks.count_tokens(step) for step in range(STEPS))
+    cuts = ((0, 2), (2, 3), (3, 4), (4, 6))
+    assert [entry.note for entry in entries] == [f"steps {a} to {b}" for a, b in cuts]
+    assert (tokens := sum(e.tokens for e in entries)) == STEPS * ROWS * CONTEXT
+    real = sum(map(engine_ranks.count_tokens, range(STEPS)))
     assert sum(e.streams["all"] for e in entries) == real < tokens
-    assert [e.streams_total["all"] for e in entries] == [n * ROWS for n in (2, 3, 4, 6)]
+    assert [e.streams_total["all"] for e in entries] == [last * ROWS for _, last in cuts]
     assert sum(e.flops for e in entries) == tokens * engine_ranks.FLOPS_PER_TOKEN
     assert sum(e.seconds for e in entries) >= sum(curve(folder, key="seconds").values())
     assert all(e.kind == "train" and e.stage == "run" and e.devices == 1 for e in entries)
