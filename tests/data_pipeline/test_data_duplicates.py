@@ -18,7 +18,7 @@ from shoal.configs.corpus import CleanConfig, NearDuplicatesConfig
 from shoal.configs.errors import DataError
 from shoal.data_pipeline import candidates, matching
 from shoal.data_pipeline.documents import Document
-from shoal.data_pipeline.duplicates import find_duplicates
+from shoal.data_pipeline.duplicates import ChooseRemoved, find_duplicates
 from shoal.data_pipeline.minhash import Shingler, save_keys, sign_piece
 from shoal.data_pipeline.stages import Stage
 from shoal.data_pipeline.store import write_documents
@@ -363,6 +363,41 @@ def test_memory_is_some_bytes_a_document() -> None:
     assert exact / count < 60 and band / count < 60
 
 
+def test_pairing_groups_of_ten_holds_little_more_than_their_pairs() -> None:
+    count = 100_000
+    keys = np.random.Generator(np.random.PCG64(0)).permutation(count).astype(np.uint64)
+    tracemalloc.start()
+    band = matching.pair_band(keys // np.uint64(10), np.arange(count))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert band.shape[1] == count // 10 * 45
+    assert (np.diff(band[0].astype(np.int64)) > 0).all()
+    assert peak / count < 250  # of which 72 are the pairs
+
+
+def test_choosing_is_some_bytes_a_removal(tmp_path: Path) -> None:
+    """The later half are copies of the first, of which all but one are near duplicates."""
+    count = 100_000
+    half = count // 2
+    plan = candidates.DuplicatePlan((), ((Path(), 0), (Path(), count)), NEAR, tmp_path)
+    copies = np.r_[np.full(half, -1), np.arange(half)]
+    np.save(plan.twins, copies)
+    pairs = matching.start_pairs(np.arange(1, half))  # each with document 0
+    np.save(plan.candidates, pairs)
+    for task, (first, end) in enumerate(candidates.cut_pairs(pairs)):
+        np.save(plan.similarities(task), np.full(end - first, 0.75))
+    tracemalloc.start()
+    ChooseRemoved(plan).run(0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    removed = np.load(plan.removed)
+    assert removed["document"].tolist() == list(range(1, count))
+    assert not removed["twin"].any(), "what a removal names stays"
+    assert removed[half - 1].tolist() == (half, 0, 1.0, True), "the copy of what stays"
+    assert set(np.delete(removed, half - 1)["similarity"]) == {0.75}
+    assert peak / len(removed) < 120
+
+
 def test_similarity_is_that_of_sets() -> None:
     chooser = random.Random(2)
     shingler = Shingler(2)
@@ -378,5 +413,6 @@ def test_similarity_is_that_of_sets() -> None:
 def test_keys_of_another_config_are_an_error(tmp_path: Path) -> None:
     search = Search(tmp_path, name_texts(["a", "b"]), EXACT_ONLY)
     search.config = NEAR
-    with pytest.raises(DataError, match="keys of 0 bands where the corpus has 32"):
+    with pytest.raises(DataError, match="keys of 0 bands where the corpus has 32") as caught:
         search.find()
+    assert caught.value.fix == f"delete {tmp_path} and prepare again"
