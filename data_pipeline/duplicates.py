@@ -3,7 +3,7 @@
 Texts are read by piece, once, and only of documents that may be duplicates. What is held of all
 documents at once does not depend on their length. Measured, in bytes a document: exact copies 66,
 pairing a band 40 where no key repeats and 240 where ten share each, merging the bands 2,200 where
-they group by ten and each differently; and 60 to 85 a removed document for choosing (`tracemalloc`).
+they group by ten and each differently; choosing takes 60 to 85 a removed document (`tracemalloc`).
 """
 
 from __future__ import annotations

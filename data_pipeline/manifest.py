@@ -48,6 +48,8 @@ class SourceFacts(_Facts):
     """UTF-8 bytes of their text."""
     dropped: int
     """Records of it that were broken."""
+    unwanted: int = 0
+    """Records of it that were of other domains than it is read for."""
 
 
 class DroppedFacts(_Facts):
