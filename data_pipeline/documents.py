@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 EXAMPLES = 20
@@ -34,11 +35,20 @@ class DroppedLog:
     """Documents by file; files that are one document each (plain text) are counted as ''."""
     unwanted: int = 0
     """Records of other domains than the source's `domains`."""
+    unwanted_labels: list[str] = field(default_factory=list)
+    """The first few different labels of those."""
 
     def add(self, place: str, reason: str) -> None:
         """Note one record."""
         self.reasons[reason] += 1
         self.places.append((place, reason))
+
+    def pass_over(self, labels: Iterable[str], records: int = 1) -> None:
+        """Note records that are not wanted, and the different labels among them."""
+        self.unwanted += records
+        for label in labels:
+            if len(self.unwanted_labels) < EXAMPLES and label not in self.unwanted_labels:
+                self.unwanted_labels.append(label)
 
     @property
     def total(self) -> int:

@@ -77,7 +77,8 @@ def find_files(path: str | Path) -> Found:
     """Return the files that a path means: itself, those below a folder, or those a glob matches.
 
     Raises:
-        DataError: the storage cannot be reached, or refuses.
+        DataError: the storage cannot be reached, or refuses; below a folder here, a link to
+            another folder, or one that leads nowhere.
         ConfigError: no such kind of URL, or a secret in it.
         PreflightError: the driver of this kind of URL is not installed.
     """
@@ -93,19 +94,32 @@ def _find_local(given: Path) -> Found:
         kind, base, paths = "folder", given, list(_walk(given))
     else:
         base, paths = _glob_local(given)
+    for path in paths:
+        if path.is_symlink() and not path.exists():
+            _refuse_link(path, base, "leads nowhere", "mend or remove it")
     files = [_local_facts(p, p.relative_to(base).as_posix()) for p in paths if p.is_file()]
     return Found(kind, tuple(files))
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Yield every file below a folder; one that may not be looked into is not passed over."""
+    """Yield every file below a folder; what may not be looked into is not passed over."""
 
     def refuse(error: OSError) -> None:
         fix = "give yourself the right to read it, or name the files by a glob"
         raise DataError(f"cannot be read: {error}", where=error.filename, fix=fix)
 
-    for above, _, names in os.walk(folder, onerror=refuse):
+    for above, folders, names in os.walk(folder, onerror=refuse):
+        for link in (Path(above, name) for name in folders):
+            if link.is_symlink():
+                fix = "name it as a source of its own, or remove it"
+                _refuse_link(link, folder, "is a link to a folder, which is not followed", fix)
         yield from (Path(above, name) for name in names)
+
+
+def _refuse_link(link: Path, base: Path, cause: str, fix: str) -> None:
+    """Refuse a link below a folder, unless it is hidden: editors leave such, and none is read."""
+    if not any(part.startswith(".") for part in link.relative_to(base).parts):
+        raise DataError(cause, where=link, fix=fix)
 
 
 def _glob_local(pattern: Path) -> tuple[Path, list[Path]]:
@@ -186,7 +200,8 @@ def stat(path: str | Path) -> FileFacts:
     elif local_path(path).is_file():
         found = [_local_facts(local_path(path), local_path(path).name)]
     if not found:
-        raise DataError("no such file", where=redact(str(path)))
+        fix = "check the path, and that the disk or bucket it lies on is there"
+        raise DataError("no such file", where=redact(str(path)), fix=fix)
     return found[0]
 
 

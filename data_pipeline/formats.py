@@ -11,6 +11,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ KNOWN = ".jsonl, .ndjson, .json, .parquet, .csv, .tsv, .txt or .md files (.gz an
 
 MAX_FIELD = 1 << 30
 """Characters of one CSV field; a quote that is never closed must not fill the memory."""
+
+_CLOSING = re.compile(rb'(?:[^"]|"")*+"')
+"""The rest of a quoted field, with the quote that closes it."""
 
 _PACKED = {".gz": "gzip", ".zst": "zstd"}
 _FORMATS = {
@@ -262,7 +266,11 @@ def _to_records(batch: Any) -> list[dict[str, Any] | None]:
 def _read_csv(file: SourceFile, source: SourceConfig, dropped: DroppedLog) -> Iterator[Record]:
     """Yield the rows of a CSV or TSV file whose first line names the columns.
 
-    The place of a row is the line it begins at, since quoted fields may hold line breaks.
+    The place of a row is the line it begins at, since quoted fields may hold line breaks. Of one
+    that is no CSV every line is dropped: a stray quote may have swallowed good rows.
+
+    Raises:
+        DataError: no such columns, or a quote that is not closed up to the end of the file.
     """
     csv.field_size_limit(MAX_FIELD)
     lines = _TextLines(read_lines(file.path))
@@ -271,14 +279,22 @@ def _read_csv(file: SourceFile, source: SourceConfig, dropped: DroppedLog) -> It
     names = _read_header(rows, file)
     _check_columns(names, source, file.path)
     while True:
-        place = f"{file.name}:{rows.line_num + 1}"
-        lines.spoiled = False
+        first = rows.line_num + 1
+        place = f"{file.name}:{first}"
+        lines.start_row()
         try:
             row = next(rows)
         except StopIteration:
             return
         except csv.Error:
-            dropped.add(place, "not CSV")
+            if lines.ended:
+                raise DataError(
+                    f"a quote that opens in line {lines.opened} is never closed",
+                    where=f"{file.path}:{lines.opened}",
+                    fix='close it, or double it where it is text: ""',
+                ) from None
+            for number in range(first, rows.line_num + 1):
+                dropped.add(f"{file.name}:{number}", "not CSV")
             continue
         if lines.spoiled:
             dropped.add(place, "not UTF-8")
@@ -289,17 +305,35 @@ def _read_csv(file: SourceFile, source: SourceConfig, dropped: DroppedLog) -> It
 
 
 class _TextLines:
-    """Lines as text; `spoiled` tells of one that was no UTF-8, so that it spoils only its row."""
+    """Lines as text, and what the reader of rows does not tell of those of the present row."""
 
     def __init__(self, lines: Iterator[bytes]) -> None:
         self._lines = lines
+        self._number = 0
+        self.ended = False
+        """Whether more lines were asked for than there are."""
+        self.start_row()
+
+    def start_row(self) -> None:
+        """Forget the lines of the last row."""
         self.spoiled = False
+        """Whether one was no UTF-8, which spoils only its row."""
+        self.opened = 0
+        """The line in which the last quote of a row of several lines opened."""
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        line = next(self._lines)
+        try:
+            line = next(self._lines)
+        except StopIteration:
+            self.ended = True
+            raise
+        self._number += 1
+        # A row goes on with a second line only inside quotes: what closes them opens others.
+        if not self.opened or _CLOSING.match(line):
+            self.opened = self._number
         try:
             return line.decode("utf-8")
         except UnicodeDecodeError:

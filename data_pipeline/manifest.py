@@ -50,6 +50,8 @@ class SourceFacts(Facts):
     """UTF-8 bytes of their text."""
     dropped: int
     """Records of it that were broken."""
+    unwanted: int = 0
+    """Records of it that were of other domains than it is read for."""
 
 
 class DroppedFacts(Facts):

@@ -90,16 +90,23 @@ def pair_band(keys: np.ndarray[Any, Any], documents: np.ndarray[Any, Any]) -> np
     sizes = np.bincount(starts, minlength=1)[starts]
     weights = np.uint64(_WEIGHT) // sizes.astype(np.uint64)
     halves = np.where(sizes <= GROUP_PAIRS + 1, GROUP_PAIRS, LARGE_GROUP_PAIRS) // 2
-    found = [np.empty((2, 0), np.uint64)]
+    del sizes
+    counts = np.minimum(ranks, 2 * halves)
+    # Written straight to where they belong: sorting would hold all pairs several times.
+    sequence = np.argsort(numbers)
+    ends = np.empty_like(counts)
+    ends[sequence] = np.cumsum(counts[sequence])
+    del sequence
+    both = np.empty((2, int(counts.sum())), np.uint64)
     for step in range(GROUP_PAIRS // 2):
-        for others, here in (
-            (starts + step, (ranks > step) & (step < halves)),
+        for others, targets, here in (
+            (starts + step, ends - counts + step, (ranks > step) & (step < halves)),
             # those just before it, unless they are among the group's first
-            (places - step - 1, (ranks > step + halves) & (step < halves)),
+            (places - step - 1, ends - step - 1, (ranks > step + halves) & (step < halves)),
         ):
-            found.append(np.stack([_join(numbers[here], numbers[others[here]]), weights[here]]))
-    both = np.hstack(found)
-    return both[:, np.argsort(both[0], kind="stable")]
+            both[0, targets[here]] = _join(numbers[here], numbers[others[here]])
+            both[1, targets[here]] = weights[here]
+    return both
 
 
 def _join(later: np.ndarray[Any, Any], earlier: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -194,10 +201,10 @@ def _count_shared(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> int
 
     if len(one) > len(other):
         one, other = other, one
-    return int(np.count_nonzero(_find(one, other) >= 0))
+    return int(np.count_nonzero(find_places(one, other) >= 0))
 
 
-def _find(values: np.ndarray[Any, Any], among: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def find_places(values: np.ndarray[Any, Any], among: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Return where each value stands in a rising array, -1 where it does not.  # (values,) int64"""
     import numpy as np
 
@@ -218,7 +225,7 @@ def is_renamed(one: Profile, other: Profile) -> bool:
     """
     for mine, theirs in ((one, other), (other, one)):
         often = mine.counts >= _REPEATED
-        places = _find(mine.words[often], theirs.words)
+        places = find_places(mine.words[often], theirs.words)
         there = theirs.counts[places] if len(theirs.counts) else 0
         rare = int(((places < 0) | (there * _RARER <= mine.counts[often])).sum())
         if rare == 0 or rare < _RENAMED_SHARE * len(places):
@@ -227,23 +234,29 @@ def is_renamed(one: Profile, other: Profile) -> bool:
 
 
 def choose_removed(
-    pairs: np.ndarray[Any, Any], similarities: np.ndarray[Any, Any], threshold: float
-) -> list[tuple[int, int, float]]:
-    """Return the documents to remove, each with the first similar earlier one that stays.
+    pairs: np.ndarray[Any, Any],
+    similarities: np.ndarray[Any, Any],
+    threshold: float,
+    gone: bytearray,
+) -> np.ndarray[Any, Any]:
+    """Return the places of the pairs by which documents go: each the first whose earlier one stays.
 
     Args:
-        pairs: Sorted.  # (pairs,) uint64
+        pairs: Sorted, with all those of a later document.  # (pairs,) uint64
         similarities: True ones, NaN where there was no need or no right to compare.  # (pairs,)
         threshold: Least similarity of a duplicate.
+        gone: A byte a document, 1 for those that pairs before these removed; these are added.
+
+    Returns:
+        # (removed,) int64, rising
     """
     import numpy as np
 
     similar = np.flatnonzero(similarities >= threshold)  # NaN is not
     later, earlier = split_pairs(pairs[similar])
-    removed: dict[int, tuple[int, float]] = {}
-    for number, twin, value in zip(
-        later.tolist(), earlier.tolist(), similarities[similar].tolist(), strict=True
-    ):
-        if number not in removed and twin not in removed:
-            removed[number] = (twin, value)
-    return [(number, *found) for number, found in removed.items()]
+    chosen = np.zeros(len(similar), bool)
+    for place, (number, twin) in enumerate(zip(later.tolist(), earlier.tolist(), strict=True)):
+        if not gone[number] and not gone[twin]:
+            gone[number] = 1
+            chosen[place] = True
+    return similar[chosen]

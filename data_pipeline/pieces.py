@@ -16,6 +16,7 @@ from typing import Any
 from shoal.configs.corpus import PrepareConfig, SourceConfig
 from shoal.configs.errors import DataError
 from shoal.data_pipeline.documents import EXAMPLES, Document, DroppedLog
+from shoal.data_pipeline.files import redact
 from shoal.data_pipeline.parts import Part, list_parts, read_part
 from shoal.data_pipeline.stages import Run
 from shoal.data_pipeline.store import write_documents, write_whole
@@ -27,6 +28,8 @@ out, or training would see it."""
 
 MIN_PIECE_BYTES, MAX_PIECE_BYTES = 1_000_000, 16_000_000
 MIN_PART_BYTES, MAX_PART_BYTES = 2_000_000, 64_000_000
+_LABEL = 60  # characters of a label that a message shows
+
 SHARES = 64
 """Parts and pieces that a small corpus is cut into, so that every process has some."""
 
@@ -140,6 +143,8 @@ class ReadParts:
             "pieces": pieces,
             "reasons": dropped.reasons,
             "examples": dropped.places[:EXAMPLES],
+            "unwanted": dropped.unwanted,
+            "unwanted_labels": dropped.unwanted_labels,
             "content": content.hexdigest(),
         }
         write_whole(self.facts_file(task), json.dumps(facts))
@@ -218,7 +223,8 @@ def read_sources(
         run: Does the tasks.
 
     Raises:
-        DataError: nothing to read, or more broken records than `max_dropped_share`.
+        DataError: nothing to read, a source that gives no document, or more broken records than
+            `max_dropped_share`.
     """
     share = MAX_PART_BYTES if corpus_bytes is None else corpus_bytes // SHARES
     portions = tuple(_list_portions(config, _clip(share, MIN_PART_BYTES, MAX_PART_BYTES)))
@@ -228,6 +234,7 @@ def read_sources(
     run(stage)
     reading = _collect(config, stage)
     _check_dropped(config, [read for reads in reading.sources.values() for read in reads])
+    _check_sources(config, reading)
     _check_filled(config, reading)
     return reading
 
@@ -258,6 +265,7 @@ def _collect(config: PrepareConfig, stage: ReadParts) -> Reading:
         own.dropped.reasons.update(facts["reasons"])
         room = EXAMPLES - len(own.dropped.places)
         own.dropped.places += [(place, reason) for place, reason in facts["examples"][:room]]
+        own.dropped.pass_over(facts["unwanted_labels"], facts["unwanted"])
         own.dropped_files.append(stage.dropped_file(task))
         contents.setdefault(portion.number, []).append(facts["content"])
         for split, name, documents, size in facts["pieces"]:
@@ -285,6 +293,32 @@ def _check_dropped(config: PrepareConfig, reads: list[Read]) -> None:
             where=", ".join(read.source.path for read in reads if read.dropped.total),
             fix="repair them, or raise max_dropped_share",
         )
+
+
+def _check_sources(config: PrepareConfig, reading: Reading) -> None:
+    """Refuse a source that gave no document to any split: its settings miss what it holds."""
+    for source in (*config.train, *config.validation):
+        reads = [r for of in reading.sources.values() for r in of if r.source is source]
+        if any(read.documents for read in reads):
+            continue
+        unwanted = sum(read.dropped.unwanted for read in reads)
+        labels = [label for read in reads for label in read.dropped.unwanted_labels]
+        cause = "the source holds no documents"
+        if unwanted:
+            cause += (
+                f" of the domains {_quote(source.domains or ())}: {unwanted} records are of "
+                f"others, such as {_quote(labels)}"
+            )
+        raise DataError(
+            cause,
+            where=redact(source.path),
+            fix="look at its domains, domain_key, text_key and max_bytes and at the files "
+            "themselves, or leave it out",
+        )
+
+
+def _quote(labels: Iterable[str]) -> str:
+    return ", ".join(repr(label[:_LABEL]) for label in labels)
 
 
 def _check_filled(config: PrepareConfig, reading: Reading) -> None:

@@ -205,6 +205,7 @@ def _source_facts(read: Read, hashes: SourceHashes) -> SourceFacts:
         documents=read.documents,
         bytes=read.bytes,
         dropped=read.dropped.total,
+        unwanted=read.dropped.unwanted,
     )
 
 

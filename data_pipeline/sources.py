@@ -13,7 +13,15 @@ from typing import Any
 from shoal.configs.corpus import SourceConfig
 from shoal.configs.errors import DataError
 from shoal.data_pipeline.documents import EXAMPLES, Document, DroppedLog
-from shoal.data_pipeline.files import FileFacts, find_files, is_changed, is_url, local_path, redact
+from shoal.data_pipeline.files import (
+    FileFacts,
+    check_url,
+    find_files,
+    is_changed,
+    is_url,
+    local_path,
+    redact,
+)
 from shoal.data_pipeline.formats import (
     KNOWN,
     Record,
@@ -57,6 +65,8 @@ def list_files(source: SourceConfig) -> list[SourceFile]:
         PreflightError: the driver of this kind of URL is not installed.
     """
     path = resolve_path(source.path)
+    if is_url(path):
+        check_url(path)
     if source.format == "datasets":
         found = find_files(path) if not is_url(path) and local_path(path).is_dir() else None
         return [_describe(file, "datasets") for file in found.files] if found else []
@@ -165,7 +175,7 @@ def _make_document(
     domain = record.get(source.domain_key)
     label = "" if domain is None else str(domain)
     if source.domains is not None and label not in source.domains:
-        dropped.unwanted += 1
+        dropped.pass_over([label])
         return None
     text = _join_text(place, record, source, dropped)
     if text is None:
@@ -216,7 +226,7 @@ def _read_datasets(source: SourceConfig) -> Iterator[Record]:
     try:
         if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(str(path))
-            rows = loaded[source.split] if isinstance(loaded, datasets.DatasetDict) else loaded
+            rows = _choose_split(loaded, source) if isinstance(loaded, dict) else loaded
         else:
             name = str(path) if path.exists() else source.path
             rows = datasets.load_dataset(
@@ -234,4 +244,19 @@ def _read_datasets(source: SourceConfig) -> Iterator[Record]:
         raise
     except Exception as error:  # the library raises its own, fsspec's and pyarrow's errors
         cause = redact(f"{type(error).__name__}: {error}")
-        raise DataError(f"datasets cannot load it: {cause}", where=source.path) from error
+        raise DataError(
+            f"datasets cannot load it: {cause}",
+            where=redact(source.path),
+            fix="check path, subset and split; of a URL or a Hub name also network and rights",
+        ) from error
+
+
+def _choose_split(splits: dict[str, Any], source: SourceConfig) -> Any:
+    """Return one of the splits that were saved together."""
+    if source.split not in splits:
+        raise DataError(
+            f"datasets cannot load it: no split {source.split!r}",
+            where=source.path,
+            fix=f"set split: {' or '.join(map(str, splits))}",
+        )
+    return splits[source.split]

@@ -193,6 +193,8 @@ def test_validation_sources(make_config, lines, records, tmp_path):
     texts = [r["text"] for r in records(50, seed=9) if r["domain"] == "law"]
     assert Counter(read_back(done.validation, Tokenizer.load(done.tokenizer))) == Counter(texts)
     assert manifest.domains == {"law": 25}
+    assert manifest.sources[0].unwanted == 25
+    assert [source.unwanted for source in read_manifest(done.train).sources] == [0]
     assert manifest.dropped.total == 1
     assert read_manifest(done.train).dropped.total == 0
     assert read_manifest(done.train).documents == 240
@@ -257,10 +259,10 @@ def test_nothing_but_broken_records(given, make_config, prepared, lines, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message", "where"),
     [
-        ({"train": "empty file"}, "the corpus holds no documents", "x.jsonl"),
+        ({"train": "empty file"}, "the source holds no documents", "x.jsonl"),
         ({"train": "empty folder"}, "no documents there", "folder"),
         ({"train": "missing"}, "no documents there", "gone"),
-        ({"validation": "empty file"}, "validation split holds no documents", "x.jsonl"),
+        ({"validation": "empty file"}, "the source holds no documents", "x.jsonl"),
         ({"validation_share": 1e-9}, "validation split holds no documents", "validation_share"),
         ({"validation_share": 1.0}, "the corpus holds no documents", "documents.jsonl.gz"),
     ],
@@ -279,6 +281,35 @@ def test_empty_corpora(changes, message, where, make_config, lines, tmp_path):
         prepare(make_config(tmp_path / "c", **changed))
     assert where in str(caught.value.where)
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_source_of_other_domains_alone_is_refused(
+    split, make_config, corpus_file, lines, records, tmp_path
+):
+    """Though the other sources of its split fill it; the labels that are there are named."""
+    file = lines(tmp_path / "x.jsonl", [*records(20), {"text": "x", "domain": "\udc00"}])
+    wanted = {"path": str(corpus_file)}
+    sources = [wanted, {"path": str(file), "domains": ["Law", "biology"]}]
+    changes = {split: sources, "validation_share": 0.0 if split == "validation" else 0.1}
+    with pytest.raises(DataError) as caught:
+        prepare(make_config(tmp_path / "c", **changes))
+    assert caught.value.cause == (
+        "the source holds no documents of the domains 'Law', 'biology': 21 records are of others, "
+        "such as 'bio', 'law', '\\udc00'"
+    )
+    assert caught.value.where == str(file)
+    assert not (tmp_path / "c").exists()
+
+
+def test_unwanted_records_are_counted_over_all_parts(
+    make_config, lines, records, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(pieces, "MIN_PART_BYTES", 3000)
+    file = lines(tmp_path / "x.jsonl", records(240))
+    done = prepare(make_config(tmp_path / "c", train=[{"path": str(file), "domains": ["law"]}]))
+    (train,), (held,) = (read_manifest(f).sources for f in (done.train, done.validation))
+    assert (train.documents + held.documents, train.unwanted, held.unwanted) == (120, 120, 0)
 
 
 def test_cut_archive_stops_everything(make_config, corpus_file, tmp_path):

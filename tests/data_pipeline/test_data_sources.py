@@ -13,7 +13,8 @@ import pytest
 import zstandard
 
 from shoal.configs.corpus import SourceConfig
-from shoal.configs.errors import DataError
+from shoal.configs.errors import ConfigError, DataError
+from shoal.data_pipeline.files import stat
 from shoal.data_pipeline.sources import DroppedLog, list_files, read_documents, resolve_path
 
 RECORDS = [
@@ -124,6 +125,43 @@ def test_a_folder_that_may_not_be_looked_into_is_not_passed_over(tmp_path, lines
     with pytest.raises(DataError, match="Permission denied") as caught:
         read(tmp_path)
     assert caught.value.where == str(tmp_path / "closed")
+
+
+def test_a_link_to_a_folder_is_not_passed_over(tmp_path, lines):
+    lines(tmp_path / "in" / "x.jsonl", RECORDS)
+    lines(tmp_path / "other" / "y.jsonl", RECORDS)
+    (tmp_path / "in" / "more").symlink_to(tmp_path / "other")
+    with pytest.raises(DataError, match="a link to a folder") as caught:
+        read(tmp_path / "in")
+    assert caught.value.where == str(tmp_path / "in" / "more")
+    assert "a source of its own" in caught.value.fix
+    assert read(tmp_path / "in" / "more")[0] == as_tuples(RECORDS)
+
+
+@pytest.mark.parametrize("pattern", ["", "*.jsonl"])
+def test_a_link_that_leads_nowhere_is_not_passed_over(pattern, tmp_path, lines):
+    lines(tmp_path / "x.jsonl", RECORDS)
+    (tmp_path / "y.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(DataError, match="leads nowhere") as caught:
+        read(tmp_path / pattern)
+    assert caught.value.where == str(tmp_path / "y.jsonl") and caught.value.fix
+
+
+def test_links_to_files_are_followed_and_hidden_ones_do_not_matter(tmp_path, lines):
+    lines(tmp_path / "other" / "y.jsonl", RECORDS)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "x.jsonl").symlink_to(tmp_path / "other" / "y.jsonl")
+    (tmp_path / "in" / ".#x.jsonl").symlink_to("user@host.1234")  # an editor's lock
+    (tmp_path / "in" / ".cache").symlink_to(tmp_path / "other")
+    assert read(tmp_path / "in")[0] == as_tuples(RECORDS)
+
+
+@pytest.mark.parametrize("kind", ["auto", "datasets"])
+def test_a_secret_in_a_url_is_refused_in_any_format(kind):
+    source = SourceConfig(path="s3://name:hush@host/folder", format=kind)
+    with pytest.raises(ConfigError, match="a secret stands in the URL") as caught:
+        list_files(source)
+    assert "hush" not in str(caught.value)
 
 
 def test_text_folder_names_documents_by_path(tmp_path):
@@ -323,7 +361,20 @@ def test_datasets_that_cannot_be_loaded(settings, tmp_path, make_source):
     path = settings.pop("path", None) or make_source("datasets dict")
     with pytest.raises(DataError, match="datasets cannot load it") as caught:
         read(path, format="datasets", **settings)
-    assert caught.value.where == str(path)
+    assert caught.value.where == str(path) and caught.value.fix
+
+
+def test_an_absent_split_names_those_there(make_source):
+    path = make_source("datasets dict")
+    with pytest.raises(DataError, match="no split 'test'") as caught:
+        read(path, format="datasets", split="test")
+    assert (caught.value.where, caught.value.fix) == (str(path), "set split: train")
+
+
+def test_an_absent_file_has_a_remedy(tmp_path):
+    with pytest.raises(DataError, match="no such file") as caught:
+        stat(tmp_path / "gone")
+    assert caught.value.where == str(tmp_path / "gone") and "check the path" in caught.value.fix
 
 
 def test_samples_stand_for_the_shipped_corpus():

@@ -70,15 +70,35 @@ def test_a_field_of_megabytes(tmp_path):
     assert found == [("1", text, "")]
 
 
-def test_a_quote_that_is_never_closed_is_dropped(tmp_path, monkeypatch):
-    data = "text,n\none,1\n" + '"open,2\n' + "lost,3\n" * 100
+@pytest.mark.parametrize(
+    ("rows", "line"),
+    [
+        ('one,1\n"open,2\n' + "lost,3\n" * 100, 3),
+        ('one,1\n"two\n""lines""\n","open\nlost,3\n', 5),  # not where its row begins
+        ('one,1\n"open ""\n""\n', 3),
+        ('one,1\n5" wide,"', 3),
+        ('one,1\n"two\nlines",1\n"caf\xe9', 5),
+    ],
+)
+def test_a_quote_that_is_never_closed_is_an_error_that_names_its_line(rows, line, tmp_path):
+    write(tmp_path / "x.csv", b"text,n\n" + rows.encode("latin-1"))
+    with pytest.raises(DataError, match=f"opens in line {line} is never closed") as caught:
+        read(tmp_path / "x.csv")
+    assert caught.value.where == f"{tmp_path / 'x.csv'}:{line}"
+    assert caught.value.fix
+
+
+def test_every_line_that_a_stray_quote_swallows_is_dropped(tmp_path, monkeypatch):
+    data = "text,n\none,1\n" + '"open,2\nlost,3\nlost,4\n"good",5\n' + "last,6\n"
     found, dropped = read(write(tmp_path / "x.csv", data))
-    assert [text for _, text, _ in found] == ["one"]
-    assert dropped == [("x.csv:3", "not CSV")]
+    assert [text for _, text, _ in found] == ["one", "last"]
+    assert dropped == [(f"x.csv:{line}", "not CSV") for line in (3, 4, 5, 6)]
     monkeypatch.setattr(formats, "MAX_FIELD", 50)
+    write(tmp_path / "x.csv", "text,n\none,1\n" + '"open,2\n' + "lost,3\n" * 6 + "good,4\n" * 9)
     found, dropped = read(tmp_path / "x.csv")
-    assert [text for _, text, _ in found[:2]] == ["one", "lost"], "given up after 50 characters"
-    assert dropped == [("x.csv:3", "not CSV")]
+    assert [text for _, text, _ in found[:2]] == ["one", "good"], "given up after 50 characters"
+    assert dropped == [(f"x.csv:{line}", "not CSV") for line in range(3, 3 + len(dropped))]
+    assert len(found) + len(dropped) == 17
 
 
 def test_empty_ids_and_domains_are_missing(tmp_path):
