@@ -38,6 +38,7 @@ from shoal.data_pipeline.manifest import (
 from shoal.data_pipeline.mds import open_mds, row_type, write_mds
 from shoal.data_pipeline.order import permute
 from shoal.data_pipeline.proof import index_entry, make_index, verify
+from shoal.data_pipeline.store import link_or_copy
 from shoal.data_pipeline.tokenizer import Tokenizer
 from shoal.data_pipeline.tokens import save_array
 
@@ -62,7 +63,7 @@ def merge(out: str | Path, folders: Sequence[str | Path]) -> Manifest:
         for folder, manifest in sources:
             for shard in manifest.shards:
                 name = f"shard.{len(shards):05d}.{shard.file.split('.', 2)[2]}"
-                _link(folder / shard.file, aside / name)
+                link_or_copy(folder / shard.file, aside / name)
                 shards.append(shard.model_copy(update={"file": name}))
         counts = np.sum([token_counts(folder) for folder, _ in sources], axis=0)
         manifests = [manifest for _, manifest in sources]
@@ -303,14 +304,6 @@ def _put_tokenizer(wanted: Path, given: Path) -> None:
     shutil.copytree(given, aside)
     _sync(aside)
     aside.rename(wanted)
-
-
-def _link(source: Path, target: Path) -> None:
-    """Give a file a second name; another disk, or one that has no links, gets a copy."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _sync(folder: Path) -> None:

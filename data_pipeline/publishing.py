@@ -25,6 +25,8 @@ from shoal.data_pipeline.provenance import STATS, settled_config
 from shoal.data_pipeline.receipts import fetch_receipt, receipt_folder, send_corpus
 from shoal.data_pipeline.stages import Progress
 
+_GONE = ".gone"
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -134,18 +136,24 @@ def remove_stale(output: Path, work: Path) -> None:
             shutil.rmtree(folder)
 
 
+def name_stale(work: str) -> str:
+    """Return a name for work that is not to be gone on with: the next run removes it."""
+    return work[:-16] + "0" * 16
+
+
 def publish(config: PrepareConfig, work: Path, output: Path, progress: Progress) -> None:
-    """Prove the finished folder, make it durable or send it, and give it its name."""
+    """Prove the finished folder, make it durable or send it, and give it its name.
+
+    Raises:
+        DataError: a file is damaged. What it belongs to is removed, or it would be found done, and
+            refused, for ever; it can be made again, since all else is kept until all is proven.
+    """
     for name in (TRAIN, VALIDATION):
         if (work / name).is_dir():
-            verify(work / name)
+            _prove(work, name)
     for path in list(work.iterdir()):
-        if path.name in (TOKENIZER, TRAIN, VALIDATION, STATS):
-            continue
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        if path.name not in (TOKENIZER, TRAIN, VALIDATION, STATS):
+            _remove(path)
     if is_url(config.output):
         progress("upload", 0, None)
         send_corpus(work, config.output)
@@ -153,6 +161,38 @@ def publish(config: PrepareConfig, work: Path, output: Path, progress: Progress)
         sync_folder(folder)
     work.rename(output)
     sync_folder(output.parent)
+
+
+def _prove(work: Path, name: str) -> None:
+    """Verify a split; remove it, or the tokenizer, if that is damaged."""
+    try:
+        verify(work / name)
+    except DataError as error:
+        damaged = [name, f"{name}.plan"]  # the files of the plan are the same ones
+        if error.where == str(work / TOKENIZER):
+            damaged = [TOKENIZER]
+        for path in damaged:
+            if (work / path).is_dir():
+                _remove(work / path)
+        raise DataError(
+            f"was damaged before it was published: {error.cause}",
+            where=error.where,
+            fix=f"prepare again, which makes only {damaged[0]} anew (it was removed); if that "
+            "happens again, check disk and memory",
+        ) from None
+
+
+def _remove(path: Path) -> None:
+    """Remove a part of the work; of a folder never a part, which might pass for the whole."""
+    if path.is_dir() and path.suffix != _GONE:
+        gone = path.with_name(path.name + _GONE)
+        if gone.is_dir():
+            shutil.rmtree(gone)
+        path = path.rename(gone)
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -7,7 +7,6 @@ verified and renamed into place in one step, so that shards are either absent or
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,12 @@ from typing import Any
 import numpy as np
 
 from shoal.configs.corpus import PrepareConfig
+from shoal.configs.errors import DataError
 from shoal.data_pipeline.cleaned import Removals, clean_reading
 from shoal.data_pipeline.cleaner import load_cleaner
 from shoal.data_pipeline.excerpt import choose_texts
 from shoal.data_pipeline.executors import open_executor
+from shoal.data_pipeline.files import is_url
 from shoal.data_pipeline.layout import ShardPlan, WriteShards, plan_split
 from shoal.data_pipeline.manifest import (
     COUNTS,
@@ -49,6 +50,7 @@ from shoal.data_pipeline.publishing import (
     is_done,
     locate,
     name_output,
+    name_stale,
     output_folder,
     publish,
     remove_stale,
@@ -58,6 +60,7 @@ from shoal.data_pipeline.publishing import (
 from shoal.data_pipeline.rows import Rows, check_alike
 from shoal.data_pipeline.sources import resolve_path
 from shoal.data_pipeline.stages import Progress, Run
+from shoal.data_pipeline.store import link_or_copy
 from shoal.data_pipeline.tokenizer import Tokenizer
 from shoal.data_pipeline.tokens import Split, encode_pieces, save_array, training_texts
 from shoal.data_pipeline.workers import choose_processes
@@ -96,21 +99,43 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Prepared
     output = output_folder(config)
     hashes = SourceHashes(output / STATS)
     key = prepare_key(config, hashes)
-    if is_done(config, output, key):
+    # Looking behind a URL may renew its receipt, which is for who holds the lock alone.
+    if not is_url(config.output) and is_done(config, output, key):
         return locate(config, output)
     output.parent.mkdir(parents=True, exist_ok=True)
     with hold_lock(output, report), name_output(output):
         built = not is_done(config, output, key)
+        work = output.absolute().parent / f".partial-{output.name}-{key[:16]}"
+        if not built and work.is_dir():  # killed between upload and rename
+            shutil.rmtree(work)
         if built:
-            work = output.absolute().parent / f".partial-{output.name}-{key[:16]}"
             remove_stale(output, work)
             work.mkdir(exist_ok=True)
             processes = choose_processes(config.processes, corpus_bytes(config, hashes))
             with open_executor(config.executor, processes, work / "logs", report) as run:
                 _build(config, Origin(key, hashes), work, run, report)
+            _check_unchanged(config, Origin(key, hashes), work)
             hashes.save(work / STATS)
             publish(config, work, output, report)
     return locate(config, output, built)
+
+
+def _check_unchanged(config: PrepareConfig, origin: Origin, work: Path) -> None:
+    """Refuse what was read while it was being written to: no key tells what that is.
+
+    The work gets the name of a stale one: were the old contents put back, it would pass for theirs.
+
+    Raises:
+        DataError: they are not what they were.
+    """
+    if prepare_key(config, origin.hashes) == origin.key:
+        return
+    work.rename(work.with_name(name_stale(work.name)))
+    raise DataError(
+        "a source, an evaluation set or the tokenizer changed while it was read",
+        where=", ".join(source.path for source in (*config.train, *config.validation)),
+        fix="prepare again when nothing writes to it any more",
+    )
 
 
 def _silent(what: str, done: int, total: int | None) -> None:
@@ -119,7 +144,8 @@ def _silent(what: str, done: int, total: int | None) -> None:
 
 def _build(config: PrepareConfig, origin: Origin, work: Path, run: Run, progress: Progress) -> None:
     """Make what is missing of tokenizer and splits in the folder aside."""
-    if all((work / name / MANIFEST).is_file() for name in split_names(config)):
+    splits_done = all((work / name / MANIFEST).is_file() for name in split_names(config))
+    if splits_done and (work / TOKENIZER).is_dir():
         return
     if config.tokenizer.path is not None:  # a bad one is found before anything is read
         _save_tokenizer(_load_given(config.tokenizer.path), work / TOKENIZER)
@@ -180,7 +206,7 @@ def _write_split(
     entries = [json.loads(plan.part_file(n).read_text()) for n in range(plan.shards)]
     for entry in entries:
         name = stored_file(entry)["basename"]
-        os.link(plan.folder / name, folder / name)
+        link_or_copy(plan.folder / name, folder / name)
     _write_side_files(plan, split, entries, folder)
     manifest = make_manifest(config, origin, split, tokenizer, plan, entries, folder)
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,16 @@ def write_whole(file: Path, data: str | bytes) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     aside.rename(file)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name; another disk, or one that has no links, gets a copy."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise  # a copy would write into what is there
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def read_texts(file: Path, rows: Sequence[int]) -> list[str]:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from shoal.launcher.world import World
 
 WAIT_SECONDS = 1.0
+WAIT_REMOTE_SECONDS = 5.0
+"""Object storage is asked less often: every rank asks."""
 
 
 @dataclass(frozen=True)
@@ -164,18 +166,35 @@ def prepare_corpus(config: PrepareConfig, progress: Progress | None = None) -> P
 def wait_for_corpus(config: RunConfig, world: World) -> None:
     """Rank 0 of every machine prepares what is absent; the others wait for it.
 
+    What goes to a URL is the same for all machines: rank 0 of the first one prepares it alone.
     Happens before the process group exists, so that no collective times out on a large corpus.
 
     Raises:
-        DataError: the run names shards that this does not prepare, and that are not there.
+        DataError: the run names shards that this does not prepare, and that are not there; or
+            their storage does not answer.
     """
-    if world.local_rank == 0:
+    if world.local_rank == 0 and (world.rank == 0 or not _prepares_remotely(config)):
         ensure_prepared(config)
+    elif config.prepare:
+        _wait_for_shards(config)
+    if world.local_rank == 0:
         open_corpus(config)
-        return
-    folders = [Path(stream.path) for stream in config.data.train if not is_url(stream.path)]
-    while config.prepare and not all((f / "manifest.json").is_file() for f in folders):
-        time.sleep(WAIT_SECONDS)
+
+
+def _prepares_remotely(config: RunConfig) -> bool:
+    named = config.prepare
+    return named is not None and is_url(load_config(PrepareConfig, named).output)
+
+
+def _wait_for_shards(config: RunConfig) -> None:
+    """Return once every manifest that a run reads is there, which is what is written last."""
+    from shoal.data_pipeline.files import exists
+
+    data = config.data
+    for path in (*(stream.path for stream in data.train), *data.validations.values()):
+        seconds = WAIT_REMOTE_SECONDS if is_url(path) else WAIT_SECONDS
+        while not exists(f"{path.rstrip('/')}/manifest.json"):
+            time.sleep(seconds)
 
 
 def open_corpus(config: RunConfig) -> Corpus:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from shoal.configs.errors import ConfigError, DataError
+from shoal.data_pipeline import publishing
 from shoal.data_pipeline.proof import verify
 from shoal.data_pipeline.shards import prepare
 from shoal.data_pipeline.tokenizer import Tokenizer
@@ -129,3 +130,75 @@ def test_replaced_tokenizer_is_no_prepared_corpus(make_config, prepared, tmp_pat
     with pytest.raises(DataError, match="not the one the shards were written with") as caught:
         prepare(make_config(tmp_path / "c"))
     assert caught.value.where == str(tmp_path / "c" / "tokenizer")
+
+
+@pytest.mark.parametrize("name", ["train/shard.00001.mds", "train/index.json", "tokenizer"])
+def test_damage_before_publishing_heals(name, make_config, prepared, tree, tmp_path, monkeypatch):
+    def damage(folder):
+        if folder.name == "train":
+            file = folder.parent / name
+            file = file / "tokenizer.json" if name == "tokenizer" else file
+            file.write_bytes(file.read_bytes()[:-1] + b"?")
+        return verify(folder)
+
+    config = make_config(tmp_path / "c")
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="was damaged") as caught:
+        patch.setattr(publishing, "verify", damage)
+        prepare(config)
+    assert f"makes only {name.split('/')[0]} anew" in str(caught.value.fix)
+    assert not (tmp_path / "c").exists()
+    told = set()
+    prepare(config, lambda what, *_: told.add(what.split()[0]))
+    assert tree(tmp_path / "c") == tree(prepared.output)
+    assert "tokenise" not in told and ("write" in told) == name.startswith("train")
+
+
+def test_cleaning_up_cut_short_is_gone_on_with(make_config, prepared, tree, tmp_path, monkeypatch):
+    """A folder that is half removed is none."""
+
+    def cut(folder):
+        if folder.name.startswith("read"):
+            next(folder.glob("*.arrow")).unlink()
+            raise OSError(5, "Input/output error")
+        whole(folder)
+
+    config, whole = make_config(tmp_path / "c"), shutil.rmtree
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output"):
+        patch.setattr(publishing.shutil, "rmtree", cut)
+        prepare(config)
+    (work,) = tmp_path.glob(".partial-c-*")
+    assert (work / "read.gone").is_dir()
+    shutil.rmtree(work / "train")
+    prepare(config)
+    assert tree(tmp_path / "c") == tree(prepared.output)
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == sorted(
+        path.name for path in prepared.output.iterdir()
+    )
+
+
+def test_source_that_changes_while_it_is_read_is_refused(make_config, lines, records, tmp_path):
+    def append(what, done, total):
+        if what.startswith("tokenise"):
+            lines(file, records(31))
+
+    file = lines(tmp_path / "x.jsonl", records(30))
+    settings = {"train": [{"path": str(file)}], "validation_share": 0.0}
+    config = make_config(tmp_path / "out" / "c", **settings)
+    with pytest.raises(DataError, match="changed while it was read") as caught:
+        prepare(config, append)
+    assert caught.value.where == str(file)
+    assert not (tmp_path / "out" / "c").exists()
+    lines(file, records(30))  # what was read is not taken for this
+    told = []
+    assert prepare(config, lambda what, *_: told.append(what)).built
+    assert any(what.startswith("read") for what in told)
+    assert [path.name for path in (tmp_path / "out").glob(".partial*")] == []
+
+
+@pytest.mark.parametrize("number", [1, 18, 95])  # EPERM, EXDEV, EOPNOTSUPP
+def test_disk_without_hard_links(number, make_config, prepared, tree, tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise OSError(number, os.strerror(number), source)
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert tree(prepare(make_config(tmp_path / "c")).output) == tree(prepared.output)

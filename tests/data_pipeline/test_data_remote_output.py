@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 
 import fsspec
 import pytest
 
 from shoal.configs.errors import ConfigError, DataError
-from shoal.data_pipeline import receipts
+from shoal.data_pipeline import publishing, receipts, shards
 from shoal.data_pipeline.manifest import read_manifest
 from shoal.data_pipeline.proof import verify
 from shoal.data_pipeline.shards import prepare
@@ -68,6 +69,35 @@ def test_upload_that_was_cut_short_is_sent_again(make_config, memory, tree, monk
     done = prepare(make_config(URL), lambda what, *_: told.append(what))
     assert told == ["upload"]  # all else was kept
     assert read_manifest(done.train).documents > 0
+
+
+def test_killed_after_the_upload_leaves_nothing(make_config, memory, tmp_path, monkeypatch):
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(publishing, "sync_folder", die)
+        patch.setattr(shards, "sync_folder", lambda _: None)
+        prepare(make_config(URL))
+    receipts_here = receipts.receipt_folder(URL).parent
+    assert list(receipts_here.glob(".partial-*"))
+    assert not prepare(make_config(URL)).built
+    assert not list(receipts_here.glob(".partial-*"))
+
+
+def test_receipt_is_renewed_under_the_lock_alone(make_config, memory, monkeypatch):
+    def fetch(*given):
+        lock = output.parent / f".{output.name}.lock"
+        with lock.open("w") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        seen.append(given)
+        return receipts.fetch_receipt(*given)
+
+    seen, output = [], receipts.receipt_folder(URL)
+    monkeypatch.setattr(publishing, "fetch_receipt", fetch)
+    prepare(make_config(URL))
+    prepare(make_config(URL))
+    assert len(seen) == 2
 
 
 def test_prefix_that_holds_something_else_is_refused(make_config, memory):

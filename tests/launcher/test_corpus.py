@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from types import SimpleNamespace
 
+import fsspec
 import pytest
 
 from shoal.configs.data import DataConfig
 from shoal.configs.errors import DataError
 from shoal.configs.schema import ModelConfig, RunConfig, TrainConfig
 from shoal.data_pipeline.rows import Rows
-from shoal.launcher.corpus import Corpus, open_corpus
+from shoal.launcher import corpus as corpora
+from shoal.launcher.corpus import Corpus, open_corpus, wait_for_corpus
 from shoal.launcher.exports import _describe_run
 from shoal.trainer.identity import check_same_inputs
 
@@ -144,3 +146,36 @@ def test_a_validation_split_with_nothing_to_score_is_refused(opened):
             run_config(train=[{"path": "d/x"}], validation={"all": "d/y", "law": "d/empty"})
         )
     assert caught.value.where == "d/empty"
+
+
+@pytest.mark.parametrize("url", [False, True])
+@pytest.mark.parametrize(("rank", "local_rank"), [(0, 0), (1, 1), (2, 0), (3, 1)])
+def test_who_prepares_and_who_waits(url, rank, local_rank, tmp_path, monkeypatch):
+    """Manifests appear one after another while the others wait."""
+    output = "memory://waited" if url else str(tmp_path / "c")
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    words = f"output: {output}\ntrain: [{{path: x.jsonl}}]\ntokenizer: {{vocab_size: 300}}\n"
+    (tmp_path / "c.yaml").write_text(words)
+    train, validation = f"{output}/train", f"{output}/validation"
+    config = RunConfig(
+        data=DataConfig.model_validate({"train": [{"path": train}], "validation": validation}),
+        prepare=str(tmp_path / "c.yaml"),
+        model=ModelConfig(context=16),
+        train=TrainConfig(tokens=1600, batch_rows=32),
+    )
+    done = []
+
+    def appear(seconds):
+        done.append("wait")
+        path = [train, validation][len(done) - 1]
+        with fsspec.open(f"{path}/manifest.json", "w", auto_mkdir=True) as file:
+            file.write("{}")
+
+    monkeypatch.setattr(corpora.time, "sleep", appear)
+    monkeypatch.setattr(corpora, "ensure_prepared", lambda _: done.append("prepare"))
+    monkeypatch.setattr(corpora, "open_corpus", lambda _: done.append("open"))
+    wait_for_corpus(config, SimpleNamespace(rank=rank, local_rank=local_rank))
+    prepares = rank == 0 if url else local_rank == 0
+    opens = ["open"] if local_rank == 0 else []
+    assert done == (["prepare"] if prepares else ["wait", "wait"]) + opens
