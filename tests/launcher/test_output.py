@@ -85,13 +85,14 @@ def test_the_display_of_rank_0_has_the_terminal(command: list[str], tmp_path: Pa
     master, slave = pty.openpty()
     words = [sys.executable, "-P", str(tmp_path / "launcher.py"), command[-1], str(tmp_path)]
     done = subprocess.run(words, stdout=slave, stderr=subprocess.PIPE, text=True, check=False)
-    shown = os.read(master, 10_000).decode().split("\r\n")
+    shown = os.read(master, 10_000).decode()
     os.close(master)
     os.close(slave)
     assert done.returncode == 0, done.stderr
-    assert sorted(shown) == [
-        "", "[rank 1] hello from 1 in a pipe", "hello from 0 on a terminal",
-    ]  # fmt: skip
+    other = "[rank 1] hello from 1 in a pipe"
+    assert other in shown
+    # The two write to one terminal: a line may come in the midst of the other.
+    assert shown.replace(other, "").replace("\r\n", "") == "hello from 0 on a terminal"
     assert (tmp_path / "rank-00000.log").read_text() == "trouble\n"
 
 
