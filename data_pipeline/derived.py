@@ -38,6 +38,8 @@ from shoal.data_pipeline.manifest import (
 from shoal.data_pipeline.mds import open_mds, row_type, write_mds
 from shoal.data_pipeline.order import permute
 from shoal.data_pipeline.proof import index_entry, make_index, verify
+from shoal.data_pipeline.provenance import shard_facts
+from shoal.data_pipeline.publishing import sync_folder
 from shoal.data_pipeline.store import link_or_copy
 from shoal.data_pipeline.tokenizer import Tokenizer
 from shoal.data_pipeline.tokens import save_array
@@ -136,19 +138,6 @@ def take_rows(
             "config": {"packing": manifest.config.get("packing"), **how},
         }
         return _complete(aside, [manifest], shards, counts, facts)
-
-
-def shard_facts(entry: dict[str, Any]) -> ShardFacts:
-    """Return what a manifest says of a shard, from its entry in index.json."""
-    stored, raw = entry["zip_data"] or entry["raw_data"], entry["raw_data"]
-    return ShardFacts(
-        file=stored["basename"],
-        bytes=stored["bytes"],
-        sha256=stored["hashes"]["sha256"],
-        rows=entry["samples"],
-        raw_bytes=raw["bytes"],
-        raw_sha256=raw["hashes"]["sha256"],
-    )
 
 
 def count_documents(rows: np.ndarray, separator: str, overlap: int) -> int:
@@ -291,9 +280,9 @@ def _make_aside(out: Path, source: Path, manifest: Manifest) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(aside)
             raise
-        _sync(aside)
+        sync_folder(aside)
         aside.rename(out)
-        _sync(out.parent)
+        sync_folder(out.parent)
 
 
 def _put_tokenizer(wanted: Path, given: Path) -> None:
@@ -302,17 +291,8 @@ def _put_tokenizer(wanted: Path, given: Path) -> None:
         return
     aside = wanted.with_name(f".{wanted.name}.{os.getpid()}")
     shutil.copytree(given, aside)
-    _sync(aside)
+    sync_folder(aside)
     aside.rename(wanted)
-
-
-def _sync(folder: Path) -> None:
-    for path in (*(p for p in folder.iterdir() if p.is_file()), folder):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _complete(

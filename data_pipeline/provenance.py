@@ -155,7 +155,7 @@ def make_manifest(
 
     Its other files lie in `folder`, the tokenizer beside that; its shards are `entries`.
     """
-    shards = tuple(_shard_facts(entry) for entry in entries)
+    shards = tuple(shard_facts(entry) for entry in entries)
     names = [COUNTS, DROPPED, INDEX] + ([REMOVED] if split.removals is not None else [])
     beside = folder.parent / TOKENIZER
     return Manifest(
@@ -184,7 +184,8 @@ def make_manifest(
     )
 
 
-def _shard_facts(entry: dict[str, Any]) -> ShardFacts:
+def shard_facts(entry: dict[str, Any]) -> ShardFacts:
+    """Return what a manifest says of a shard, from its entry in index.json."""
     stored, raw = stored_file(entry), entry["raw_data"]
     return ShardFacts(
         file=stored["basename"],

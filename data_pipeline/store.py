@@ -96,24 +96,6 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def read_texts(file: Path, rows: Sequence[int]) -> list[str]:
-    """Return the texts of some documents of a file, by number, in the order asked for."""
-    import pyarrow.ipc
-
-    wanted = set(rows)
-    found: dict[int, str] = {}
-    first = 0
-    with pyarrow.ipc.open_file(str(file)) as reader:
-        for number in range(reader.num_record_batches):
-            batch = reader.get_batch(number)
-            here = [row for row in wanted if first <= row < first + batch.num_rows]
-            if here:
-                column = batch.column("text")
-                found.update((row, column[row - first].as_py()) for row in here)
-            first += batch.num_rows
-    return [found[row] for row in rows]
-
-
 def read_labels(file: Path, rows: Sequence[int]) -> list[tuple[str, str, str]]:
     """Return id, domain and source of some documents of a file, by number, in the order asked for.
 
